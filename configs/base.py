@@ -1,0 +1,108 @@
+"""Full attention, 1B. Every key there is: other configs change values, none adds a key.
+
+  python train.py --config=configs/base.py --workdir=runs/base
+
+Architecture keys carry the names of a Hugging Face `config.json`. The training setup is
+that of SSA's 1B models (arXiv:2511.20102, Table A1 and section 6).
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+  c.seed = 42
+
+  c.model = dict(
+    num_hidden_layers=16,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_attention_heads=32,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=128256,
+    rms_norm_eps=1e-5,
+    rope_theta=500_000.0,
+    rope_scaling=dict(
+      rope_type="default",  # default: none at all; llama3: stretch the slow bands
+      factor=4.0,
+      low_freq_factor=1.0,
+      high_freq_factor=4.0,
+      original_max_position_embeddings=8192,
+    ),
+    tie_word_embeddings=True,
+    initializer_range=0.02,  # standard deviation of every matrix at step 0
+    dtype="bfloat16",  # of activations and matrix products; parameters are float32
+    remat="full",  # what the backward pass recomputes: none | dots | attention | full
+  )
+  c.attention = dict(
+    method="full",  # a key of sparsejax.attention.METHODS: what training runs
+    sparse_method="moba",  # the sparse side of `ssa`, and of `full` when run sparse
+    block_size=16,  # keys per block
+    num_blocks=16,  # blocks a query reads, its own included
+    selection="exact",  # exact: the best blocks | half_local: as SSA's released kernel
+    document_mask="both",  # streams that stop at documents: both | full | none
+    gate=True,  # a sigmoid gate per head and token on the attention output
+    full_implementation="auto",  # auto | cudnn | xla
+    sparse_implementation="auto",  # auto | xla | reference
+  )
+  c.ssa = dict(  # read by method="ssa" only
+    full_ratio=0.5,  # probability that a step runs on the full stream
+    align_weight=10.0,  # alpha, weight of the alignment loss
+    align_loss="smooth_l1",  # smooth_l1 | l2
+    # both | full_follows_sparse (the paper's L_sparsity) | sparse_follows_full (L_commit)
+    align_direction="both",
+    align_after_gate=True,  # as the released code; False is the paper's Algorithm 1
+    coin="step",  # step: one toss for all layers | layer: one toss per layer
+  )
+  c.loss = dict(
+    z_loss_weight=0.0,  # weight of the squared log-normaliser of the logits
+    ignore_first_tokens=True,  # do not predict the first token of a document
+    chunk_length=512,  # positions of each row whose logits exist at the same time
+  )
+  c.data = dict(
+    # Where tokens come from: directories written by `python -m sparsejax.data.prepare`,
+    # or the built-in `stdlib` (Python's own source files) and `recall` (synthetic).
+    sources=("data/smollm",),
+    weights=(),  # one per source; () weighs sources by their number of tokens
+    sequence_length=8192,
+    batch_size=384,  # sequences per step, over all hosts and accumulation steps
+    num_workers=0,  # processes that read ahead; 0 reads in threads
+    num_threads=4,  # reading threads of each process
+    recall_pairs=8,  # key-value pairs per example of `recall`
+    recall_queries=4,  # how many of them are asked for
+  )
+  c.optimizer = dict(
+    schedule="cosine",  # cosine | linear | wsd | constant, after a linear warm-up
+    peak_lr=1e-3,
+    end_lr=0.0,
+    warmup_steps=318,
+    decay_steps=0,  # wsd: length of the final decay
+    b1=0.9,
+    b2=0.95,
+    eps=1e-8,
+    weight_decay=0.1,  # on matrices; never on norms
+    clip=1.0,  # largest global gradient norm
+  )
+  c.train = dict(
+    num_steps=31_800,
+    accumulate_steps=24,  # forward and backward passes per step
+    log_every=10,
+    eval_every=1000,
+    eval_batches=16,  # of each source's validation split; 0 takes all of it
+    save_every=1000,
+    keep_latest=2,  # checkpoints kept: the newest,
+    keep_every=0,  # every so many steps (0: none),
+    keep_best=1,  # and the best on validation loss
+    max_nonfinite_steps=10,  # stop after so many NaN or infinite steps in a row
+    init_from=config_dict.placeholder(str),  # workdir or checkpoint: weights to start at
+    sample_tokens=256,  # tokens of text written after the last step; 0: none
+    peak_tflops=config_dict.placeholder(float),  # per device; None looks it up
+    tensorboard=True,
+    wandb_project=config_dict.placeholder(str),  # None: no Weights & Biases
+    watchdog_minutes=30.0,  # a step that takes longer dumps all stacks and exits
+  )
+  c.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all remaining devices
+
+  return c.lock()

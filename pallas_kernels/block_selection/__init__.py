@@ -1,0 +1,1 @@
+"""From queries and keys to the list of key blocks that each query reads."""

@@ -1,0 +1,1 @@
+"""Attention in which every query reads a short list of key blocks."""

@@ -1,0 +1,88 @@
+"""Attention in which every query reads a short list of key blocks.
+
+Shape letters, used in every file of this folder:
+  B batch   T queries   S keys   N = ceil(S / block_size) key blocks
+  H query heads   K key/value heads   G = H // K   D head size
+  M blocks per query (shared by the G heads of a group; -1 marks an empty slot)
+"""
+
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+
+from pallas_kernels.block_sparse_attention import reference
+from pallas_kernels.block_sparse_attention import xla
+
+type Implementation = Literal["reference", "xla"]
+
+
+def block_sparse_attention(
+  q_BTHD: Float[Array, "B T H D"],
+  k_BSKD: Float[Array, "B S K D"],
+  v_BSKD: Float[Array, "B S K D"],
+  blocks_BTKM: Int[Array, "B T K M"],
+  *,
+  block_size: int,
+  segments_BT: Int[Array, "B T"] | None = None,
+  scale: float | None = None,
+  implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+  """Returns `(out, lse)`: causal attention restricted to the listed blocks.
+
+  A query at position `t` sees key `s` iff `s <= t`, `s // block_size` is one of
+  `blocks[:, t]`, and both have the same segment. A query that sees no key gets `out = 0`
+  and `lse = -inf`. Lists need not be sorted; a repeated block counts once; a block beyond
+  the keys is as good as -1.
+
+  `lse` is the natural logarithm of the sum of the exponentiated scores, float32. It is
+  always returned, so no flag changes the type of the result. Both outputs carry gradients
+  to q, k and v; the lists carry none.
+
+  Args:
+    q_BTHD, k_BSKD, v_BSKD: queries, keys and values of one dtype.
+    blocks_BTKM: the lists.
+    block_size: keys per block; the last block may be cut short by S.
+    segments_BT: document of each position; positions of different documents do not see
+      each other. None is one document. Needs S = T.
+    scale: factor on the scores; None is D ** -0.5.
+    implementation: None is the fastest one this device supports.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit together.
+    KeyError: no such implementation.
+  """
+  _check(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, block_size)
+  scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+  run = _IMPLEMENTATIONS[implementation or "xla"]
+  blocks_BTKM = jax.lax.stop_gradient(blocks_BTKM)
+  return run(
+    q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, block_size=block_size, scale=scale
+  )
+
+
+_IMPLEMENTATIONS = {
+  "reference": reference.block_sparse_attention,
+  "xla": xla.block_sparse_attention,
+}
+
+
+def _check(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, block_size):
+  (b, t, h, d), (_, s, k, _) = q_BTHD.shape, k_BSKD.shape
+  if k_BSKD.shape != (b, s, k, d) or v_BSKD.shape != (b, s, k, d):
+    raise ValueError(f"k and v must be {(b, s, k, d)}, got {k_BSKD.shape} and {v_BSKD.shape}")
+  if not q_BTHD.dtype == k_BSKD.dtype == v_BSKD.dtype:
+    raise ValueError(
+      f"q, k and v must share a dtype, got {q_BTHD.dtype}, {k_BSKD.dtype}, {v_BSKD.dtype}"
+    )
+  if h % k:
+    raise ValueError(f"{h} query heads do not group over {k} key heads")
+  if block_size < 1:
+    raise ValueError(f"{block_size=} must be at least 1")
+  if blocks_BTKM.shape[:3] != (b, t, k):
+    raise ValueError(f"blocks must be {(b, t, k)} + (M,), got {blocks_BTKM.shape}")
+  if not jnp.issubdtype(blocks_BTKM.dtype, jnp.integer):
+    raise ValueError(f"blocks must be integers, got {blocks_BTKM.dtype}")
+  if segments_BT is not None and (segments_BT.shape != (b, t) or s != t):
+    raise ValueError(f"segments must be {(b, t)} with S = T, got {segments_BT.shape}, S = {s}")

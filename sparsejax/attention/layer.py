@@ -1,0 +1,79 @@
+"""The attention layer: project, rotate, let the method attend, gate, project back."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from sparsejax import sharding
+from sparsejax.attention import make_method
+from sparsejax.attention import method
+from sparsejax.attention import rotary
+
+
+class Attention(nn.Module):
+  """Grouped-query attention around any method (parameter names as in Hugging Face Llama).
+
+  Letters: B batch, T tokens, E width, H query heads, K key/value heads, D head size.
+  """
+
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  options: method.Options
+  kernel_init: nn.initializers.Initializer
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x_BTE, angles_BTD, segments_BT, use_full, stream: method.Stream
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the layer's output [B, T, E] and its method's disagreement, a scalar."""
+    q_BTHD = self._project("q_proj", "heads", self.num_heads)(x_BTE)
+    k_BTKD = self._project("k_proj", "kv_heads", self.num_kv_heads)(x_BTE)
+    v_BTKD = self._project("v_proj", "kv_heads", self.num_kv_heads)(x_BTE)
+    # Before any pooling of keys into blocks, as SSA's released code does.
+    q_BTHD, k_BTKD = rotary.rotate(q_BTHD, angles_BTD), rotary.rotate(k_BTKD, angles_BTD)
+    q_BTHD = sharding.constrain(q_BTHD, "batch", "length", "heads", None)
+    k_BTKD = sharding.constrain(k_BTKD, "batch", "length", "kv_heads", None)
+    v_BTKD = sharding.constrain(v_BTKD, "batch", "length", "kv_heads", None)
+
+    gate_BTH = self._gate(x_BTE)
+    tokens = method.Tokens(segments_BT, gate_BTH, use_full)
+    attend = make_method(self.options)
+    attended = attend(q_BTHD, k_BTKD, v_BTKD, tokens, stream)
+    out_BTHD = attended.out_BTHD
+    if gate_BTH is not None:
+      out_BTHD = out_BTHD * gate_BTH[..., None]
+    out_BTE = nn.DenseGeneral(
+      x_BTE.shape[-1],
+      axis=(-2, -1),
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=nn.with_logical_partitioning(
+        self.kernel_init, ("heads", "head_dim", "embed")
+      ),
+      name="o_proj",
+    )(out_BTHD)
+    return out_BTE, attended.align
+
+  def _project(self, name: str, axis: str, heads: int) -> nn.Module:
+    return nn.DenseGeneral(
+      (heads, self.head_dim),
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=nn.with_logical_partitioning(self.kernel_init, ("embed", axis, "head_dim")),
+      name=name,
+    )
+
+  def _gate(self, x_BTE) -> jax.Array | None:
+    """A sigmoid per token and query head, of the normed layer input (as SSA's `g_proj`)."""
+    if not self.options.gate:
+      return None
+    gate_BTH = nn.Dense(
+      self.num_heads,
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=nn.with_logical_partitioning(self.kernel_init, ("embed", "heads")),
+      name="g_proj",
+    )(x_BTE)
+    return nn.sigmoid(gate_BTH)

@@ -1,0 +1,1 @@
+"""From a config file and overrides to checked, recorded settings and plain objects."""

@@ -1,0 +1,54 @@
+"""Plain objects from a checked config; below this, no function takes a config."""
+
+import dataclasses
+import pathlib
+
+import ml_collections
+
+from sparsejax import attention
+from sparsejax import model
+from sparsejax.attention import rotary
+from sparsejax.data import corpus
+
+
+def make_corpus(
+  config: ml_collections.ConfigDict, builtin_directory: str | pathlib.Path
+) -> corpus.Corpus:
+  """The data of a config; `stdlib` is prepared below `builtin_directory`."""
+  form = corpus.RowFormat(
+    sequence_length=config.data.sequence_length,
+    vocab_size=config.model.vocab_size,
+    seed=config.seed,
+    ignore_first_tokens=config.loss.ignore_first_tokens,
+    recall_pairs=config.data.recall_pairs,
+    recall_queries=config.data.recall_queries,
+  )
+  return corpus.open_corpus(
+    config.data.sources, config.data.weights, form, builtin_directory=builtin_directory
+  )
+
+
+def make_model(
+  config: ml_collections.ConfigDict, *, max_documents: int
+) -> model.Transformer:
+  """The model of a config, for rows of at most `max_documents` documents."""
+  keys = config.model.to_dict()
+  shape = model.Shape(**keys | dict(rope_scaling=rotary.Scaling(**keys["rope_scaling"])))
+  options = attention.Options(
+    **config.attention.to_dict(),
+    ssa=attention.SsaOptions(**config.ssa.to_dict()),
+    max_documents=max_documents,
+  )
+  return model.Transformer(shape, options)
+
+
+def with_budget(transformer: model.Transformer, budget: int) -> model.Transformer:
+  """The same model, reading `budget` keys per query under sparse inference.
+
+  The block size stays, as in the papers' sweeps; the number of blocks changes.
+  """
+  options = transformer.options
+  num_blocks = budget // options.block_size
+  return model.Transformer(
+    transformer.shape, dataclasses.replace(options, num_blocks=num_blocks)
+  )

@@ -1,0 +1,157 @@
+"""Refuses configurations that contradict themselves, before any device is touched."""
+
+from collections.abc import Iterator
+
+import ml_collections
+
+from sparsejax import attention, errors, model
+from sparsejax.training import optimizer
+
+CHOICES = {
+  "model.rope_scaling.rope_type": ("default", "llama3"),
+  "model.dtype": ("bfloat16", "float32"),
+  "model.remat": tuple(model.REMAT_POLICIES),
+  "attention.method": tuple(attention.METHODS),
+  "attention.sparse_method": attention.SPARSE_METHODS,
+  "attention.selection": ("exact", "half_local"),
+  "attention.document_mask": ("both", "full", "none"),
+  "attention.full_implementation": ("auto", "cudnn", "xla"),
+  "attention.sparse_implementation": ("auto", "xla", "reference"),
+  "ssa.align_loss": ("smooth_l1", "l2"),
+  "ssa.align_direction": ("both", "full_follows_sparse", "sparse_follows_full"),
+  "ssa.coin": ("step", "layer"),
+  "optimizer.schedule": tuple(optimizer.SCHEDULES),
+}
+
+AT_LEAST_ONE = (
+  "model.num_hidden_layers",
+  "model.hidden_size",
+  "model.intermediate_size",
+  "model.num_attention_heads",
+  "model.num_key_value_heads",
+  "model.head_dim",
+  "model.vocab_size",
+  "attention.block_size",
+  "attention.num_blocks",
+  "loss.chunk_length",
+  "data.sequence_length",
+  "data.batch_size",
+  "data.num_threads",
+  "train.num_steps",
+  "train.accumulate_steps",
+  "train.log_every",
+  "train.keep_latest",
+  "train.max_nonfinite_steps",
+)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks each key, then the keys against each other.
+
+  Raises:
+    ConfigError: naming every problem found, each with its remedy.
+  """
+  problems = [*_single_keys(config), *_model(config), *_attention(config), *_training(config)]
+  if problems:
+    raise errors.ConfigError("\n".join(problems))
+
+
+def _single_keys(config) -> Iterator[str]:
+  for key, allowed in CHOICES.items():
+    value = _get(config, key)
+    if value not in allowed:
+      yield errors.one_of(key, value, allowed)
+  for key in AT_LEAST_ONE:
+    if _get(config, key) < 1:
+      yield f"{key}={_get(config, key)} must be at least 1."
+  if not 0.0 <= config.ssa.full_ratio <= 1.0:
+    yield f"ssa.full_ratio={config.ssa.full_ratio} is a probability: from 0 to 1."
+
+
+def _model(config) -> Iterator[str]:
+  heads, kv_heads = config.model.num_attention_heads, config.model.num_key_value_heads
+  if kv_heads and heads % kv_heads:
+    fits = [n for n in range(1, heads + 1) if heads % n == 0]
+    yield (
+      f"model.num_attention_heads={heads} does not divide into "
+      f"model.num_key_value_heads={kv_heads} groups; take {_or(fits)} key/value heads."
+    )
+  if config.model.head_dim % 2:
+    yield (
+      f"model.head_dim={config.model.head_dim} is odd; rotary embeddings turn pairs of "
+      "channels, so take an even number."
+    )
+
+
+def _attention(config) -> Iterator[str]:
+  length, block = config.data.sequence_length, config.attention.block_size
+  if block >= 1 and length % block:
+    lower = length // block * block
+    nearest = [n for n in (lower, lower + block) if n]
+    yield (
+      f"data.sequence_length={length} is not a multiple of attention.block_size={block}; "
+      f"take {_or(nearest)}."
+    )
+  elif block >= 1 and config.attention.num_blocks > length // block:
+    yield (
+      f"attention.num_blocks={config.attention.num_blocks} blocks of {block} keys are more "
+      f"than the {length // block} of data.sequence_length={length}; take at most "
+      f"{length // block}."
+    )
+  if config.attention.selection == "half_local" and config.attention.num_blocks % 2:
+    yield (
+      f"attention.num_blocks={config.attention.num_blocks} is odd; selection='half_local' "
+      "takes half of the blocks near by and half from afar, so take an even number."
+    )
+
+
+def _training(config) -> Iterator[str]:
+  batch, parts = config.data.batch_size, config.train.accumulate_steps
+  if parts >= 1 and batch % parts:
+    yield (
+      f"data.batch_size={batch} does not divide into train.accumulate_steps={parts} parts; "
+      f"take a batch of {_or([n for n in (batch // parts * parts, -(-batch // parts) * parts) if n])}."
+    )
+  warmup, steps = config.optimizer.warmup_steps, config.train.num_steps
+  if warmup + config.optimizer.decay_steps > steps:
+    yield (
+      f"optimizer.warmup_steps={warmup} plus optimizer.decay_steps="
+      f"{config.optimizer.decay_steps} exceed train.num_steps={steps}; shorten them."
+    )
+  if config.optimizer.schedule == "wsd" and not config.optimizer.decay_steps:
+    yield (
+      "optimizer.schedule='wsd' needs optimizer.decay_steps, the length of its final decay; "
+      f"a tenth of the run is common: {max(1, steps // 10)}."
+    )
+  weights, sources = config.data.weights, config.data.sources
+  if not sources:
+    yield "data.sources is empty; name prepared directories, or stdlib or recall."
+  if weights and len(weights) != len(sources):
+    yield (
+      f"data.weights has {len(weights)} numbers for {len(sources)} data.sources; give one "
+      "each, or () to weigh them by size."
+    )
+  if any(not isinstance(weight, int | float) or weight <= 0 for weight in weights):
+    yield f"data.weights={weights} must all be positive numbers."
+  axes = [name for name, size in config.mesh.items() if size == -1]
+  if len(axes) > 1:
+    yield f"mesh axes {' and '.join(axes)} are both -1; only one can take what remains."
+  for name, size in config.mesh.items():
+    if size < 1 and size != -1:
+      yield f"mesh.{name}={size} must be at least 1, or -1 for all remaining devices."
+  tensor = config.mesh.tensor
+  if tensor > 1 and config.model.num_key_value_heads % tensor:
+    yield (
+      f"mesh.tensor={tensor} cannot split model.num_key_value_heads="
+      f"{config.model.num_key_value_heads}; use fsdp or data for those devices instead."
+    )
+
+
+def _get(config, key: str):
+  for part in key.split("."):
+    config = config[part]
+  return config
+
+
+def _or(values) -> str:
+  return " or ".join(map(str, values))

@@ -1,0 +1,210 @@
+"""A decoder-only transformer of the Llama family, with any attention method.
+
+Parameter names are those of Hugging Face Llama, plus `self_attn.g_proj` for the gate; the
+layers are stacked along a leading axis and scanned.
+
+Letters: B batch, T tokens, E width, F MLP width, V vocabulary, L layers, D head size.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from sparsejax import sharding
+from sparsejax.attention import layer
+from sparsejax.attention import method
+from sparsejax.attention import rotary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+  """Architecture; the keys and defaults of `model` in configs/base.py.
+
+  Names are those of a Hugging Face `config.json`. `remat` is a key of `REMAT_POLICIES`,
+  `dtype` that of activations and matrix products; parameters are float32.
+  """
+
+  num_hidden_layers: int
+  hidden_size: int
+  intermediate_size: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  head_dim: int
+  vocab_size: int
+  rms_norm_eps: float
+  rope_theta: float
+  rope_scaling: rotary.Scaling
+  tie_word_embeddings: bool
+  initializer_range: float
+  dtype: str
+  remat: str
+
+
+class Output(NamedTuple):
+  """What the model computes.
+
+  Attributes:
+    hidden_BTE: normed output of the last layer; `unembedding` turns it into logits.
+    align_L: each layer's disagreement of streams (SSA), float32.
+  """
+
+  hidden_BTE: jax.Array
+  align_L: jax.Array
+
+
+def _saves_attention(primitive, *args, **parameters) -> bool:
+  """Keeps what the attention backward pass needs, so that attention never runs twice."""
+  del args
+  if primitive.name == "name":
+    # pallas_kernels tags its residuals.
+    return parameters["name"] == "attention_residual"
+  # cuDNN's call has no tag; its outputs are the residuals.
+  return primitive.name.startswith("dot_product_attention_fwd")
+
+
+# What the backward pass recomputes of a layer. None: nothing, everything is kept.
+REMAT_POLICIES = {
+  "none": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": _saves_attention,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Mlp(nn.Module):
+  """SwiGLU."""
+
+  shape: Shape
+
+  @nn.compact
+  def __call__(self, x_BTE):
+    gate_BTF = self._dense("gate_proj", ("embed", "mlp"))(x_BTE)
+    up_BTF = self._dense("up_proj", ("embed", "mlp"))(x_BTE)
+    inner_BTF = sharding.constrain(nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
+    return self._dense("down_proj", ("mlp", "embed"))(inner_BTF)
+
+  def _dense(self, name: str, axes: tuple[str, str]) -> nn.Module:
+    is_inner = axes[1] == "mlp"
+    return nn.Dense(
+      self.shape.intermediate_size if is_inner else self.shape.hidden_size,
+      use_bias=False,
+      dtype=self.shape.dtype,
+      kernel_init=nn.with_logical_partitioning(_matrix_init(self.shape), axes),
+      name=name,
+    )
+
+
+class Block(nn.Module):
+  """Attention, then MLP, each normed before and added to the residual stream."""
+
+  shape: Shape
+  options: method.Options
+  stream: method.Stream
+
+  @nn.compact
+  def __call__(self, x_BTE, angles_BTD, segments_BT, use_full):
+    x_BTE = sharding.constrain(x_BTE, "batch", "length", "activation_embed")
+    attended_BTE, align = layer.Attention(
+      num_heads=self.shape.num_attention_heads,
+      num_kv_heads=self.shape.num_key_value_heads,
+      head_dim=self.shape.head_dim,
+      options=self.options,
+      kernel_init=_matrix_init(self.shape),
+      dtype=self.shape.dtype,
+      name="self_attn",
+    )(_norm(self.shape, "input_layernorm")(x_BTE), angles_BTD, segments_BT, use_full, self.stream)
+    x_BTE += attended_BTE
+    x_BTE += Mlp(self.shape, name="mlp")(_norm(self.shape, "post_attention_layernorm")(x_BTE))
+    return x_BTE, align
+
+
+class Transformer(nn.Module):
+  """Token ids to the hidden states that predict the next ones."""
+
+  shape: Shape
+  options: method.Options
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs_BT,
+    positions_BT,
+    segments_BT,
+    *,
+    stream: method.Stream = "train",
+    use_full_L=None,
+  ) -> Output:
+    """Runs the model.
+
+    Args:
+      inputs_BT: token ids.
+      positions_BT: place of each token in its document.
+      segments_BT: document of each token, from 1; 0 is padding.
+      stream: `train`, `full` or `sparse` (see `attention.method`).
+      use_full_L: SSA in training: which layers run on the full stream, bool (see
+        `attention.ssa.toss`); None is all.
+    """
+    shape = self.shape
+    if use_full_L is None:
+      use_full_L = jnp.ones((shape.num_hidden_layers,), bool)
+    embed = nn.Embed(
+      shape.vocab_size,
+      shape.hidden_size,
+      dtype=shape.dtype,
+      embedding_init=nn.with_logical_partitioning(_matrix_init(shape), ("vocab", "embed")),
+      name="embed_tokens",
+    )
+    if not shape.tie_word_embeddings:
+      self.param(
+        "lm_head",
+        nn.with_logical_partitioning(_matrix_init(shape), ("vocab", "embed")),
+        (shape.vocab_size, shape.hidden_size),
+      )
+    x_BTE = sharding.constrain(embed(inputs_BT), "batch", "length", "activation_embed")
+    angles_BTD = rotary.angles(
+      positions_BT, shape.head_dim, shape.rope_theta, shape.rope_scaling
+    )
+    block = Block
+    policy = REMAT_POLICIES[shape.remat]
+    if policy is not None:
+      # prevent_cse guards against what scan already rules out.
+      block = nn.remat(Block, policy=policy, prevent_cse=False)
+    layers = nn.scan(
+      block,
+      variable_axes={"params": 0, "intermediates": 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast, nn.broadcast, 0),
+      length=shape.num_hidden_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(shape, self.options, stream, name="layers")
+    x_BTE, align_L = layers(x_BTE, angles_BTD, segments_BT, use_full_L)
+    return Output(_norm(shape, "norm")(x_BTE), align_L)
+
+
+def unembedding(params) -> jax.Array:
+  """The table [V, E] whose product with a hidden state gives the logits."""
+  if "lm_head" in params:
+    return params["lm_head"]
+  return params["embed_tokens"]["embedding"]
+
+
+def logits(params, hidden_BTE) -> jax.Array:
+  """Logits [B, T, V], float32. Whole: for a loss, see `losses.next_token`."""
+  table_VE = unembedding(params).astype(hidden_BTE.dtype)
+  return jnp.einsum("bte,ve->btv", hidden_BTE, table_VE, preferred_element_type=jnp.float32)
+
+
+def _norm(shape: Shape, name: str) -> nn.Module:
+  return nn.RMSNorm(
+    epsilon=shape.rms_norm_eps,
+    dtype=shape.dtype,
+    scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)),
+    name=name,
+  )
+
+
+def _matrix_init(shape: Shape):
+  return nn.initializers.normal(shape.initializer_range)
