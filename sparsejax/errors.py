@@ -1,7 +1,7 @@
 """The one family of exceptions that a user's mistake may raise."""
 
-import difflib
 from collections.abc import Iterable
+import difflib
 
 
 class UserError(Exception):

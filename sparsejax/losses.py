@@ -3,11 +3,27 @@
 Letters: B batch, T positions, C positions of a chunk, E width, V vocabulary.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """Settings of the loss of a training step.
+
+  Attributes:
+    z_loss_weight: weight of the squared log-normaliser.
+    align_weight: weight of the alignment loss (SSA's alpha).
+    chunk_length: positions of each row whose logits exist at the same time.
+  """
+
+  z_loss_weight: float
+  align_weight: float
+  chunk_length: int
 
 
 class Predictions(NamedTuple):

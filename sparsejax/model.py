@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import sharding
-from sparsejax.attention import layer
-from sparsejax.attention import method
-from sparsejax.attention import rotary
+from sparsejax.attention import layer, method, rotary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +106,7 @@ class Block(nn.Module):
   def __call__(self, x_BTE, angles_BTD, segments_BT, use_full):
     x_BTE = sharding.constrain(x_BTE, "batch", "length", "activation_embed")
     attended_BTE, align = layer.Attention(
+      width=self.shape.hidden_size,
       num_heads=self.shape.num_attention_heads,
       num_kv_heads=self.shape.num_key_value_heads,
       head_dim=self.shape.head_dim,
@@ -115,7 +114,13 @@ class Block(nn.Module):
       kernel_init=_matrix_init(self.shape),
       dtype=self.shape.dtype,
       name="self_attn",
-    )(_norm(self.shape, "input_layernorm")(x_BTE), angles_BTD, segments_BT, use_full, self.stream)
+    )(
+      _norm(self.shape, "input_layernorm")(x_BTE),
+      angles_BTD,
+      segments_BT,
+      use_full,
+      self.stream,
+    )
     x_BTE += attended_BTE
     x_BTE += Mlp(self.shape, name="mlp")(_norm(self.shape, "post_attention_layernorm")(x_BTE))
     return x_BTE, align

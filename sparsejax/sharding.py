@@ -86,9 +86,14 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
+def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """How the rows of a batch are divided."""
+  return jax.sharding.NamedSharding(mesh, _spec(("batch",)))
+
+
 def put_batch(batch, mesh: jax.sharding.Mesh):
   """Makes global arrays of the rows that this host has read, [B, ...] with B divided."""
-  sharding = jax.sharding.NamedSharding(mesh, _spec(("batch",)))
+  sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
   )

@@ -11,8 +11,7 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_selection import reference
-from pallas_kernels.block_selection import xla
+from pallas_kernels.block_selection import reference, xla
 
 type Implementation = Literal["reference", "xla"]
 type Rule = Literal["exact", "half_local"]

@@ -29,7 +29,11 @@ def select_blocks(q_BTHD, k_BTKD, segments_BT, *, block_size, num_blocks, scale,
   if size == t:
     return stripe((q_BTHD, jnp.arange(t), segments_BT))
   segments = None if segments_BT is None else _to_stripes(segments_BT, size)
-  parts = (_to_stripes(q_BTHD, size), _to_stripes(jnp.arange(t)[None], size)[:, 0], segments)
+  parts = (
+    _to_stripes(q_BTHD, size),
+    _to_stripes(jnp.arange(t)[None], size)[:, 0],
+    segments,
+  )
   blocks = jax.lax.map(stripe, parts)
   return blocks.swapaxes(0, 1).reshape(b, -1, *blocks.shape[3:])[:, :t]
 
@@ -53,9 +57,7 @@ def pool_keys(k_BTKD, segments_BT, block_size):
   return keys_BNKD.astype(k_BTKD.dtype), last_segment_BN
 
 
-def _scores(
-  q_BCHD, keys_BNKD, position_C, segments_BC, last_segment_BN, block_size, scale
-):
+def _scores(q_BCHD, keys_BNKD, position_C, segments_BC, last_segment_BN, block_size, scale):
   """Summed probabilities of the blocks before the query's own; +inf for its own."""
   b, c, h, d = q_BCHD.shape
   n, k = keys_BNKD.shape[1:3]

@@ -9,11 +9,10 @@ Shape letters, used in every file of this folder:
 from typing import Literal
 
 import jax
-from jaxtyping import Array, Float, Int
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_attention import reference
-from pallas_kernels.block_sparse_attention import xla
+from pallas_kernels.block_sparse_attention import reference, xla
 
 type Implementation = Literal["reference", "xla"]
 

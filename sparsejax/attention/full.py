@@ -4,8 +4,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors
-from sparsejax import sharding
+from sparsejax import errors, sharding
 from sparsejax.attention import method
 
 # Score elements (float32) per stripe of queries on the XLA path.
@@ -62,11 +61,14 @@ def full_attention(
       f"attention.full_implementation={implementation!r} cannot run: {why}. Set it to 'auto'."
     )
   if chosen == "xla":
+
     def run(q, k, v, segments):
       return _xla(q, k, v, segments)
   else:
+
     def run(q, k, v, segments):
       return _cudnn(q, k, v, segments, max_documents)
+
   heads, kv_heads = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
   segments = None if segments_BT is None else ("batch", None)
   return sharding.per_device(run, (heads, kv_heads, kv_heads, segments), heads)(
@@ -74,7 +76,9 @@ def full_attention(
   )
 
 
-def choose(implementation: str, dtype, head_dim: int, *, has_documents: bool) -> tuple[str, str]:
+def choose(
+  implementation: str, dtype, head_dim: int, *, has_documents: bool
+) -> tuple[str, str]:
   """The backend for a shape on the first device, and the reason in words."""
   device = jax.devices()[0]
   if implementation == "xla":
@@ -85,7 +89,10 @@ def choose(implementation: str, dtype, head_dim: int, *, has_documents: bool) ->
   if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
     return "xla", f"cuDNN attention takes bfloat16 or float16, not {jnp.dtype(dtype).name}"
   if capability < 8.0:
-    return "xla", f"cuDNN attention needs compute capability 8.0, {device.device_kind} has less"
+    return (
+      "xla",
+      f"cuDNN attention needs compute capability 8.0, {device.device_kind} has less",
+    )
   limit = 256 if capability >= 9.0 else 128
   if head_dim % 8 or head_dim > limit:
     return "xla", f"cuDNN takes head sizes up to {limit} in steps of 8, not {head_dim}"

@@ -5,9 +5,26 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import sharding
-from sparsejax.attention import make_method
-from sparsejax.attention import method
-from sparsejax.attention import rotary
+from sparsejax.attention import make_method, method, rotary
+
+
+class Product(nn.Module):
+  """A product with one weight, `kernel`, that carries the logical axes it was given.
+
+  `nn.DenseGeneral` would do, but constrains its kernel under the wrong rank in a mesh.
+  """
+
+  equation: str
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  kernel_init: nn.initializers.Initializer
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+    kernel = self.param("kernel", init, self.shape)
+    return jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class Attention(nn.Module):
@@ -16,6 +33,7 @@ class Attention(nn.Module):
   Letters: B batch, T tokens, E width, H query heads, K key/value heads, D head size.
   """
 
+  width: int
   num_heads: int
   num_kv_heads: int
   head_dim: int
@@ -44,26 +62,20 @@ class Attention(nn.Module):
     out_BTHD = attended.out_BTHD
     if gate_BTH is not None:
       out_BTHD = out_BTHD * gate_BTH[..., None]
-    out_BTE = nn.DenseGeneral(
-      x_BTE.shape[-1],
-      axis=(-2, -1),
-      use_bias=False,
-      dtype=self.dtype,
-      kernel_init=nn.with_logical_partitioning(
-        self.kernel_init, ("heads", "head_dim", "embed")
-      ),
-      name="o_proj",
+    out_BTE = self._product(
+      "o_proj",
+      "bthd,hde->bte",
+      (self.num_heads, self.head_dim, self.width),
+      ("heads", "head_dim", "embed"),
     )(out_BTHD)
     return out_BTE, attended.align
 
   def _project(self, name: str, axis: str, heads: int) -> nn.Module:
-    return nn.DenseGeneral(
-      (heads, self.head_dim),
-      use_bias=False,
-      dtype=self.dtype,
-      kernel_init=nn.with_logical_partitioning(self.kernel_init, ("embed", axis, "head_dim")),
-      name=name,
-    )
+    shape = (self.width, heads, self.head_dim)
+    return self._product(name, "bte,ehd->bthd", shape, ("embed", axis, "head_dim"))
+
+  def _product(self, name: str, equation: str, shape, axes) -> nn.Module:
+    return Product(equation, shape, axes, self.kernel_init, self.dtype, name=name)
 
   def _gate(self, x_BTE) -> jax.Array | None:
     """A sigmoid per token and query head, of the normed layer input (as SSA's `g_proj`)."""

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from sparsejax import sharding
-from sparsejax.attention import full
-from sparsejax.attention import method
+from sparsejax.attention import full, method
 
 
 class Moba(nn.Module):

@@ -4,9 +4,10 @@ import dataclasses
 import pathlib
 
 import ml_collections
+import optax
 
-from sparsejax import attention
-from sparsejax import model
+from sparsejax import attention, losses, model
+from sparsejax import optimizer as optimizers
 from sparsejax.attention import rotary
 from sparsejax.data import corpus
 
@@ -28,9 +29,7 @@ def make_corpus(
   )
 
 
-def make_model(
-  config: ml_collections.ConfigDict, *, max_documents: int
-) -> model.Transformer:
+def make_model(config: ml_collections.ConfigDict, *, max_documents: int) -> model.Transformer:
   """The model of a config, for rows of at most `max_documents` documents."""
   keys = config.model.to_dict()
   shape = model.Shape(**keys | dict(rope_scaling=rotary.Scaling(**keys["rope_scaling"])))
@@ -40,6 +39,24 @@ def make_model(
     max_documents=max_documents,
   )
   return model.Transformer(shape, options)
+
+
+def make_optimizer(
+  config: ml_collections.ConfigDict,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimizer of a config and the schedule inside it."""
+  options = optimizers.Options(**config.optimizer.to_dict())
+  schedule = optimizers.make_schedule(options, config.train.num_steps)
+  return optimizers.make_optimizer(options, schedule), schedule
+
+
+def make_loss_options(config: ml_collections.ConfigDict) -> losses.Options:
+  """The loss of a config."""
+  return losses.Options(
+    z_loss_weight=config.loss.z_loss_weight,
+    align_weight=config.ssa.align_weight,
+    chunk_length=config.loss.chunk_length,
+  )
 
 
 def with_budget(transformer: model.Transformer, budget: int) -> model.Transformer:

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from sparsejax import attention, errors, model
-from sparsejax.training import optimizer
+from sparsejax import attention, errors, model, optimizer
 
 CHOICES = {
   "model.rope_scaling.rope_type": ("default", "llama3"),
@@ -51,7 +50,12 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     ConfigError: naming every problem found, each with its remedy.
   """
-  problems = [*_single_keys(config), *_model(config), *_attention(config), *_training(config)]
+  problems = [
+    *_single_keys(config),
+    *_model(config),
+    *_attention(config),
+    *_training(config),
+  ]
   if problems:
     raise errors.ConfigError("\n".join(problems))
 
@@ -108,9 +112,10 @@ def _attention(config) -> Iterator[str]:
 def _training(config) -> Iterator[str]:
   batch, parts = config.data.batch_size, config.train.accumulate_steps
   if parts >= 1 and batch % parts:
+    nearest = [n for n in (batch // parts * parts, -(-batch // parts) * parts) if n]
     yield (
       f"data.batch_size={batch} does not divide into train.accumulate_steps={parts} parts; "
-      f"take a batch of {_or([n for n in (batch // parts * parts, -(-batch // parts) * parts) if n])}."
+      f"take a batch of {_or(nearest)}."
     )
   warmup, steps = config.optimizer.warmup_steps, config.train.num_steps
   if warmup + config.optimizer.decay_steps > steps:

@@ -94,8 +94,17 @@ def _execute(path: pathlib.Path) -> ml_collections.ConfigDict:
     if not hasattr(module, "get_config"):
       raise errors.ConfigError(f"{path} has no function get_config() that returns a config.")
     config = module.get_config()
-  except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-    raise errors.ConfigError(f"{path} cannot be read as a config: {_first_line(error)}") from error
+  except (
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    SyntaxError,
+    ImportError,
+  ) as error:
+    raise errors.ConfigError(
+      f"{path} cannot be read as a config: {_first_line(error)}"
+    ) from error
   finally:
     sys.path.remove(root)
   if not isinstance(config, ml_collections.ConfigDict):
@@ -116,7 +125,7 @@ def _apply(config: ml_collections.ConfigDict, argument: str) -> None:
   *sections, name = path.split(".")
   holder = config
   for section in sections:
-    inner = holder[section] if section in holder else None
+    inner = holder.get(section)
     if not isinstance(inner, ml_collections.ConfigDict):
       raise _unknown(config, path)
     holder = inner

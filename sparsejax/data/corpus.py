@@ -18,12 +18,7 @@ import grain
 import numpy as np
 
 from sparsejax import errors
-from sparsejax.data import batch
-from sparsejax.data import recall
-from sparsejax.data import rows
-from sparsejax.data import shards
-from sparsejax.data import stdlib
-from sparsejax.data import tokenizers
+from sparsejax.data import batch, recall, rows, shards, stdlib, tokenizers
 
 STDLIB = "stdlib"
 RECALL = "recall"
@@ -50,8 +45,8 @@ class Source:
     train, validation: rows of each split; None where the split is empty.
     fingerprint: of its tokens.
     tokenizer: of its text; None for synthetic ids.
-    bytes_per_token: UTF-8 bytes a validation token stands for on average, None for
-      synthetic ids.
+    bytes_per_id: UTF-8 bytes that each id stands for, [vocab_size]; None for synthetic ids.
+      Where the tokenizer cannot tell (it is not byte-level), the mean over the split.
   """
 
   name: str
@@ -59,7 +54,7 @@ class Source:
   validation: Rows | None
   fingerprint: str
   tokenizer: tokenizers.Tokenizer | None
-  bytes_per_token: float | None
+  bytes_per_id: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +133,7 @@ class Corpus:
       num_workers: processes that read ahead; 0 reads in threads of this one.
       num_threads: reading threads of each process.
     """
-    source = _Batches(
-      self._rows, first_row, batch_size, host, num_hosts, self._form.vocab_size
-    )
+    source = _Batches(self._rows, first_row, batch_size, host, num_hosts, self._form.vocab_size)
     reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     dataset = grain.MapDataset.source(source).to_iter_dataset(reading)
     if num_workers:
@@ -235,7 +228,9 @@ def open_corpus(
     DataError: a source is missing, damaged, named twice or does not fit.
   """
   if len(set(names)) != len(names):
-    raise errors.DataError(f"data.sources={tuple(names)} names a source twice; use data.weights.")
+    raise errors.DataError(
+      f"data.sources={tuple(names)} names a source twice; use data.weights."
+    )
   sources = [_open(name, form, pathlib.Path(builtin_directory)) for name in names]
   return Corpus(sources, weights, form)
 
@@ -249,13 +244,14 @@ def _open(name: str, form: RowFormat, builtin_directory: pathlib.Path) -> Source
   else:
     directory = pathlib.Path(name)
   manifest = shards.load(directory)
+  tokenizer = shards.load_tokenizer(directory, manifest)
   return Source(
     name=name,
     train=_pack(directory, manifest, "train", form, seed=form.seed),
     validation=_pack(directory, manifest, "validation", form, seed=None),
     fingerprint=manifest.fingerprint,
-    tokenizer=shards.load_tokenizer(directory, manifest),
-    bytes_per_token=_bytes_per_token(manifest),
+    tokenizer=tokenizer,
+    bytes_per_id=_bytes_per_id(tokenizer, manifest),
   )
 
 
@@ -270,9 +266,13 @@ def _pack(directory, manifest, split: str, form: RowFormat, seed) -> rows.Packed
   )
 
 
-def _bytes_per_token(manifest: shards.Manifest) -> float | None:
-  files = manifest.splits["validation"] or manifest.splits["train"]
-  return sum(s.text_bytes for s in files) / sum(s.tokens for s in files)
+def _bytes_per_id(tokenizer: tokenizers.Tokenizer, manifest: shards.Manifest) -> np.ndarray:
+  table = tokenizer.bytes_per_id()
+  if table is None:
+    files = manifest.splits["validation"] or manifest.splits["train"]
+    mean = sum(s.text_bytes for s in files) / sum(s.tokens for s in files)
+    table = np.full(tokenizer.vocab_size, mean)
+  return table
 
 
 def _open_recall(form: RowFormat) -> Source:
@@ -292,7 +292,7 @@ def _open_recall(form: RowFormat) -> Source:
     validation=_First(make(form.seed + 1), _RECALL_VALIDATION_ROWS),
     fingerprint="recall-1",
     tokenizer=None,
-    bytes_per_token=None,
+    bytes_per_id=None,
   )
 
 

@@ -1,22 +1,25 @@
 """Documents of text files, JSON lines, Parquet tables and folders of source files."""
 
 import codecs
+from collections.abc import Iterator
 import dataclasses
 import gzip
 import io
 import json
 import os
 import pathlib
-from collections.abc import Iterator
 
 from sparsejax import errors
 
 TABLES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+# fmt: off
 TEXT = (
-  ".txt .md .rst .py .pyi .c .h .cc .cpp .hpp .cu .cuh .java .js .jsx .ts .tsx .go .rs .rb "
-  ".php .cs .swift .kt .scala .lua .r .jl .hs .ml .ex .erl .pl .sh .sql .html .css .tex "
-  ".toml .yaml .yml .json .xml .cfg .ini"
-).split()
+  ".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh",
+  ".java", ".js", ".jsx", ".ts", ".tsx", ".go", ".rs", ".rb", ".php", ".cs", ".swift", ".kt",
+  ".scala", ".lua", ".r", ".jl", ".hs", ".ml", ".ex", ".erl", ".pl", ".sh", ".sql", ".html",
+  ".css", ".tex", ".toml", ".yaml", ".yml", ".json", ".xml", ".cfg", ".ini",
+)
+# fmt: on
 
 # A text file is read, split and tokenized in pieces of this many bytes.
 READ_BYTES = 2**20
@@ -293,7 +296,9 @@ def _parquet(path: str):
   try:
     from pyarrow import parquet
   except ImportError:
-    raise errors.DataError(f"{path} needs the package pyarrow; install sparsejax[data].") from None
+    raise errors.DataError(
+      f"{path} needs the package pyarrow; install sparsejax[data]."
+    ) from None
   try:
     return parquet.ParquetFile(path)
   except Exception as error:  # pyarrow raises a family of its own

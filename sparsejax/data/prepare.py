@@ -31,9 +31,7 @@ import numpy as np
 import tqdm
 
 from sparsejax import errors
-from sparsejax.data import documents
-from sparsejax.data import shards
-from sparsejax.data import tokenizers
+from sparsejax.data import documents, shards, tokenizers
 
 # Small files are gathered until one process has this many bytes to read.
 UNIT_BYTES = 16 * 2**20
@@ -56,7 +54,7 @@ class Settings:
 
   tokenizer: str = tokenizers.BYTE
   validation_fraction: float = 0.01
-  reading: documents.Options = documents.Options()
+  reading: documents.Options = dataclasses.field(default_factory=documents.Options)
   bos: str | None = None
   eos: str | None = None
   tokenizer_sample_bytes: int = 64 * 2**20
@@ -89,8 +87,9 @@ def prepare(
       f"--validation_fraction={settings.validation_fraction} must be in [0, 1)."
     )
   out = pathlib.Path(out)
-  units = _plan([p for f in documents.find_files(inputs, extensions) for p in
-                 documents.split_file(f)])
+  units = _plan(
+    [p for f in documents.find_files(inputs, extensions) for p in documents.split_file(f)]
+  )
   is_done = _claim(out, units, settings)
   if is_done:
     return shards.load(out)
@@ -357,22 +356,38 @@ def _parser() -> argparse.ArgumentParser:
   default = Settings()
   parser.add_argument("inputs", nargs="*", help="files and folders of text")
   parser.add_argument("--out", help="directory to write")
-  parser.add_argument("--tokenizer", default=default.tokenizer,
-                      help="byte, a tokenizer.json, or train:SIZE (byte-level BPE)")
+  parser.add_argument(
+    "--tokenizer",
+    default=default.tokenizer,
+    help="byte, a tokenizer.json, or train:SIZE (byte-level BPE)",
+  )
   parser.add_argument("--bos", help="token that opens a document")
   parser.add_argument("--eos", help="token that closes a document")
   parser.add_argument("--validation_fraction", type=float, default=default.validation_fraction)
-  parser.add_argument("--extensions", default="",
-                      help="endings to take from folders, e.g. .py,.md (default: all known)")
-  parser.add_argument("--text_key", default=default.reading.text_key,
-                      help="field of a JSON line or column of a table that holds the text")
-  parser.add_argument("--separator", default=default.reading.separator,
-                      help="string between the documents of one text file")
-  parser.add_argument("--on_bad_utf8", choices=("fail", "skip", "replace"),
-                      default=default.reading.on_bad_utf8)
+  parser.add_argument(
+    "--extensions",
+    default="",
+    help="endings to take from folders, e.g. .py,.md (default: all known)",
+  )
+  parser.add_argument(
+    "--text_key",
+    default=default.reading.text_key,
+    help="field of a JSON line or column of a table that holds the text",
+  )
+  parser.add_argument(
+    "--separator",
+    default=default.reading.separator,
+    help="string between the documents of one text file",
+  )
+  parser.add_argument(
+    "--on_bad_utf8",
+    choices=("fail", "skip", "replace"),
+    default=default.reading.on_bad_utf8,
+  )
   parser.add_argument("--workers", type=int, default=os.cpu_count())
-  parser.add_argument("--verify", metavar="DIR",
-                      help="read a prepared directory again and compare its hashes")
+  parser.add_argument(
+    "--verify", metavar="DIR", help="read a prepared directory again and compare its hashes"
+  )
   return parser
 
 

@@ -9,8 +9,7 @@ whole context, which is what block selection has to find.
 import numpy as np
 
 from sparsejax import errors
-from sparsejax.data import batch
-from sparsejax.data import rows
+from sparsejax.data import batch, rows
 
 # Rows of one epoch; each is made when it is read.
 NUM_ROWS = 2**20
@@ -26,7 +25,13 @@ class RecallRows:
   max_documents = 1
 
   def __init__(
-    self, *, sequence_length: int, vocab_size: int, num_pairs: int, num_queries: int, seed: int
+    self,
+    *,
+    sequence_length: int,
+    vocab_size: int,
+    num_pairs: int,
+    num_queries: int,
+    seed: int,
   ):
     """Divides the vocabulary into noise, keys and values.
 

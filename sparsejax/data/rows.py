@@ -9,8 +9,7 @@ Letters: `T` tokens of a row, `R` records, `M` documents.
 
 import numpy as np
 
-from sparsejax.data import batch
-from sparsejax.data import shards
+from sparsejax.data import batch, shards
 
 
 class PackedRows:

@@ -12,8 +12,7 @@ import json
 import os
 import pathlib
 
-from array_record.python import array_record_data_source
-from array_record.python import array_record_module
+from array_record.python import array_record_data_source, array_record_module
 import numpy as np
 
 from sparsejax import errors

@@ -9,9 +9,7 @@ import pathlib
 import sysconfig
 
 from sparsejax import errors
-from sparsejax.data import documents
-from sparsejax.data import prepare
-from sparsejax.data import shards
+from sparsejax.data import documents, prepare, shards
 
 SETTINGS = prepare.Settings(
   validation_fraction=0.02,

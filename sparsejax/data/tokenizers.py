@@ -1,9 +1,9 @@
 """Text to token ids and back: bytes, or any Hugging Face `tokenizer.json`."""
 
+from collections.abc import Iterable
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np

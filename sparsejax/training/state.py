@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import model
-from sparsejax import sharding
+from sparsejax import model, parameters, sharding
 
 
 @flax.struct.dataclass
@@ -35,13 +34,7 @@ def abstract_state(
   mesh: jax.sharding.Mesh,
 ) -> TrainState:
   """Shapes, dtypes and shardings of a state; nothing is allocated."""
-  boxed = jax.eval_shape(lambda: _init(transformer, optimizer, jax.random.key(0)))
-  shardings = sharding.of_tree(boxed, mesh)
-  return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-    nn.unbox(boxed),
-    shardings,
-  )
+  return parameters.abstract_of(lambda: _init(transformer, optimizer, jax.random.key(0)), mesh)
 
 
 def init_state(
@@ -62,7 +55,6 @@ def init_state(
 
 def _init(transformer, optimizer, rng) -> TrainState:
   """A state whose parameters are still boxed with their logical axes."""
-  ids = jnp.zeros((1, transformer.options.block_size), jnp.int32)
-  params = transformer.init(rng, ids, ids, ids + 1)["params"]
+  params = parameters.init(transformer, rng)
   zero = jnp.zeros((), jnp.int32)
   return TrainState(zero, params, optimizer.init(params), zero, zero)

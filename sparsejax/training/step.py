@@ -1,15 +1,12 @@
 """One training step, a pure function of state, batch and key."""
 
 from collections.abc import Callable
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import losses
-from sparsejax import model
-from sparsejax import sharding
+from sparsejax import losses, model, sharding
 from sparsejax.attention import ssa
 from sparsejax.data import batch as data
 from sparsejax.training import state as states
@@ -20,26 +17,11 @@ type TrainStep = Callable[
 ]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossOptions:
-  """Settings of the loss.
-
-  Attributes:
-    z_loss_weight: weight of the squared log-normaliser.
-    align_weight: weight of the alignment loss (SSA's alpha).
-    chunk_length: positions of each row whose logits exist at the same time.
-  """
-
-  z_loss_weight: float
-  align_weight: float
-  chunk_length: int
-
-
 def make_train_step(
   transformer: model.Transformer,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
-  loss_options: LossOptions,
+  loss_options: losses.Options,
   *,
   accumulate_steps: int,
 ) -> TrainStep:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import optax
 
-# Last path components of parameters that weight decay leaves alone.
+# Names of parameters that weight decay leaves alone.
 _UNDECAYED = ("scale", "bias")
 
 
@@ -89,6 +89,8 @@ def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.Gradient
 
 def decayed(params):
   """Which parameters decay. By name: stacked over layers, a norm's scale is a matrix too."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: path[-1].key not in _UNDECAYED, params
-  )
+
+  def is_decayed(path, _) -> bool:
+    return not any(getattr(key, "key", None) in _UNDECAYED for key in path)
+
+  return jax.tree_util.tree_map_with_path(is_decayed, params)

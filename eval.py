@@ -1,0 +1,59 @@
+"""Evaluates a checkpoint.
+
+  python eval.py --workdir=runs/smoke
+  python eval.py --workdir=runs/smoke --modes=full,sparse --budgets=32,64,128
+
+Prints a table and saves it, with everything it depends on, in WORKDIR/eval/STEP.
+"""
+
+import sys
+
+from absl import app, flags
+
+from configs import base
+from sparsejax import command_line, errors
+from sparsejax.evaluation import table
+
+WORKDIR = flags.DEFINE_string("workdir", None, "What train.py wrote, or one checkpoint of it.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
+TASKS = flags.DEFINE_list("tasks", ["perplexity"], "What to ask.")
+MODES = flags.DEFINE_list("modes", ["full", "sparse"], "Modes of inference.")
+BUDGETS = flags.DEFINE_list(
+  "budgets", [], "Keys a query reads when sparse; as trained if none."
+)
+SOURCES = flags.DEFINE_list("sources", [], "Prepared data; the training data's if none.")
+LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens per row; as trained if none.")
+ROWS = flags.DEFINE_integer("max_rows", 0, "Rows of each source; 0 takes all.")
+BATCH = flags.DEFINE_integer("batch_size", 0, "Rows at once; 0 is as trained.")
+OUT = flags.DEFINE_string("out", None, "Where results go; WORKDIR/eval/STEP if not given.")
+
+
+def main(arguments: list[str]) -> int:
+  if len(arguments) > 1:
+    raise errors.ConfigError(
+      f"{arguments[1]} sets a config; a checkpoint is evaluated with its own."
+    )
+  if WORKDIR.value is None:
+    raise errors.ConfigError("name the --workdir that train.py wrote to.")
+  wrong = [budget for budget in BUDGETS.value if not budget.isdigit()]
+  if wrong:
+    raise errors.ConfigError(f"--budgets takes whole numbers; {wrong[0]!r} is none.")
+  request = table.Request(
+    path=WORKDIR.value,
+    step=STEP.value,
+    tasks=tuple(TASKS.value),
+    modes=tuple(MODES.value),
+    budgets=tuple(map(int, BUDGETS.value)),
+    sources=tuple(SOURCES.value),
+    sequence_length=LENGTH.value,
+    max_rows=ROWS.value,
+    batch_size=BATCH.value,
+    out=OUT.value,
+  )
+  text, out = table.run(request, base.get_config())
+  print(f"{text}\nsaved in {out}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(app.run(command_line.friendly(main), flags_parser=command_line.parse_flags))

@@ -1,0 +1,1 @@
+"""Questions put to a checkpoint, and tables of the answers."""

@@ -1,0 +1,135 @@
+"""Puts evaluations to a checkpoint and writes down what came out."""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import math
+import pathlib
+
+import ml_collections
+
+from sparsejax import errors
+from sparsejax.configuration import record
+from sparsejax.evaluation import perplexity
+from sparsejax.evaluation import subject as subjects
+
+TASKS = {"perplexity": perplexity.run}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to evaluate, and how.
+
+  Attributes:
+    path: a workdir or a checkpoint.
+    step: of a workdir; None is the newest.
+    tasks: keys of `TASKS`.
+    modes: of inference.
+    budgets: keys a query reads under sparse inference; () is that of training.
+    sources: data instead of the checkpoint's own.
+    sequence_length: tokens per row; None is that of training.
+    max_rows: rows of each source; 0 takes all.
+    batch_size: rows at once; 0 is that of training.
+    out: directory for the results; None is `eval/STEP` in the workdir.
+  """
+
+  path: str | pathlib.Path
+  step: int | None = None
+  tasks: tuple[str, ...] = ("perplexity",)
+  modes: tuple[str, ...] = perplexity.MODES
+  budgets: tuple[int, ...] = ()
+  sources: tuple[str, ...] = ()
+  sequence_length: int | None = None
+  max_rows: int = 0
+  batch_size: int = 0
+  out: str | pathlib.Path | None = None
+
+
+def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pathlib.Path]:
+  """Answers a request; returns the table as markdown, and the directory of the files.
+
+  Each task leaves `TASK.json` (with config, commit, versions and device) and `TASK.md`.
+
+  Args:
+    request: what to do.
+    template: the config with every key (configs/base.py).
+
+  Raises:
+    UserError: and its kinds, for what cannot be answered.
+  """
+  for task in request.tasks:
+    if task not in TASKS:
+      raise errors.ConfigError(errors.one_of("task", task, TASKS))
+  for mode in request.modes:
+    if mode not in perplexity.MODES:
+      raise errors.ConfigError(errors.one_of("mode", mode, perplexity.MODES))
+  subject = subjects.load(
+    request.path,
+    template,
+    step=request.step,
+    sources=request.sources,
+    sequence_length=request.sequence_length,
+  )
+  out = pathlib.Path(request.out or subject.path.parent.parent / "eval" / str(subject.step))
+  tables = []
+  for task in request.tasks:
+    cells = TASKS[task](
+      subject,
+      modes=request.modes,
+      budgets=request.budgets,
+      max_rows=request.max_rows,
+      batch_size=request.batch_size,
+    )
+    tables.append(_write(task, cells, subject, out))
+  return "\n".join(tables), out
+
+
+def markdown(cells: Sequence[perplexity.Cell]) -> str:
+  """The cells as a markdown table, columns aligned for a terminal."""
+  rows = [
+    ("data", "inference", "budget", "perplexity", "bits/byte", "loss", "accuracy", "tokens")
+  ]
+  rows += [
+    (
+      cell.source,
+      cell.mode,
+      _number(cell.budget, "d"),
+      _with_error(cell.perplexity, cell.perplexity_se, 3),
+      _number(cell.bits_per_byte, ".4f"),
+      _with_error(cell.loss, cell.loss_se, 4),
+      _number(cell.accuracy, ".1%"),
+      _number(cell.num_tokens, ",d"),
+    )
+    for cell in cells
+  ]
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+  lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+  return "\n".join(lines) + "\n"
+
+
+def _write(task: str, cells, subject: subjects.Subject, out: pathlib.Path) -> str:
+  table = markdown(cells)
+  content = dict(
+    task=task,
+    checkpoint=str(subject.path),
+    step=subject.step,
+    method=subject.config.attention.method,
+    environment=record.environment(),
+    config_hash=record.digest(subject.config),
+    config=record.as_json(subject.config),
+    cells=[dataclasses.asdict(cell) for cell in cells],
+  )
+  out.mkdir(parents=True, exist_ok=True)
+  (out / f"{task}.json").write_text(json.dumps(content, indent=2) + "\n")
+  (out / f"{task}.md").write_text(table)
+  return table
+
+
+def _number(value: float | None, form: str) -> str:
+  return "-" if value is None else format(value, form)
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+  known = error is not None and not math.isnan(error)
+  return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if known else "")
