@@ -1,0 +1,22 @@
+"""Strictness for every test: eight devices, no silent broadcasting, checked array types."""
+
+import os
+
+import jax
+import jaxtyping
+import pytest
+
+# Before anything asks for a device. Several devices on the CPU stand for several GPUs.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Shapes written in the signatures of the kernels are checked at every call.
+jaxtyping.install_import_hook("pallas_kernels", "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items):
+  marked = [item for item in items if item.get_closest_marker("gpu")]
+  if marked and jax.devices()[0].platform != "gpu":
+    for item in marked:
+      item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
