@@ -12,6 +12,16 @@ def softmax(logits):
   return weights / jnp.where(total > 0, total, 1.0)[..., None], lse
 
 
+def softmax_gradient(weights, dweights, dlse, scale):
+  """Gradient of the unscaled scores: p (dp - sum(p dp) + dlse).
+
+  The sum is taken from the float32 weights. The usual sum(dout out), from an output that
+  was rounded to bfloat16, is twice as far off.
+  """
+  delta = (weights * dweights).sum(-1) - dlse
+  return scale * weights * (dweights - delta[..., None])
+
+
 def finite(x):
   return jnp.where(jnp.isneginf(x), 0.0, x)
 

@@ -10,7 +10,6 @@ import functools
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import xla_gathered, xla_masked
 
@@ -32,17 +31,15 @@ def _forward(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, block_size, scale
   out_BTHD, lse_BTH = way.forward(*problem, block_size=block_size, scale=scale)
   out_BTHD = checkpoint_name(out_BTHD, RESIDUAL_NAME)
   lse_BTH = checkpoint_name(lse_BTH, RESIDUAL_NAME)
-  return (out_BTHD, lse_BTH), (*problem, out_BTHD, lse_BTH)
+  return (out_BTHD, lse_BTH), (*problem, lse_BTH)
 
 
 def _backward(block_size, scale, residuals, cotangents):
-  *problem, out_BTHD, lse_BTH = residuals
+  *problem, lse_BTH = residuals
   dout_BTHD, dlse_BTH = cotangents
-  # d(score) = p * (dp - sum(p dp) + dlse), and sum(p dp) = sum(dout out).
-  delta_BTH = (dout_BTHD.astype(jnp.float32) * out_BTHD).sum(-1) - dlse_BTH
   way = _choose(problem, block_size)
   dq, dk, dv = way.backward(
-    *problem, dout_BTHD, lse_BTH, delta_BTH, block_size=block_size, scale=scale
+    *problem, dout_BTHD, lse_BTH, dlse_BTH, block_size=block_size, scale=scale
   )
   q_BTHD, k_BSKD, v_BSKD, *_ = problem
   return (

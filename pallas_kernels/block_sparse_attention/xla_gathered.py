@@ -36,7 +36,7 @@ def forward(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, *, block_size, sca
 
 
 def backward(
-  q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, dout_BTHD, lse_BTH, delta_BTH,
+  q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, dout_BTHD, lse_BTH, dlse_BTH,
   *, block_size, scale,
 ):  # fmt: skip
   num_kv_heads = k_BSKD.shape[2]
@@ -44,17 +44,17 @@ def backward(
   blocks = _Blocks(k_BSKD, v_BSKD, segments_BT, block_size)
 
   def stripe(gradients, part):
-    (q_BCHD, listed_BCKM, position_C, segments_BC), dout_BCHD, lse_BCH, delta_BCH = part
+    (q_BCHD, listed_BCKM, position_C, segments_BC), dout_BCHD, lse_BCH, dlse_BCH = part
     q_BCKGD = arithmetic.split_heads(q_BCHD, num_kv_heads)
     dout_BCKGD = arithmetic.split_heads(dout_BCHD, num_kv_heads)
     logits_BKGCL, k_BKCLD, v_BKCLD = blocks.logits(
       q_BCKGD, listed_BCKM, position_C, segments_BC, scale
     )
     lse_BKGC = arithmetic.heads_first(lse_BCH, num_kv_heads)
-    delta_BKGC = arithmetic.heads_first(delta_BCH, num_kv_heads)
+    dlse_BKGC = arithmetic.heads_first(dlse_BCH, num_kv_heads)
     weights_BKGCL = jnp.exp(logits_BKGCL - arithmetic.finite(lse_BKGC)[..., None])
     dweights_BKGCL = arithmetic.einsum_f32("bckgd,bkcld->bkgcl", dout_BCKGD, v_BKCLD)
-    dlogits_BKGCL = scale * weights_BKGCL * (dweights_BKGCL - delta_BKGC[..., None])
+    dlogits_BKGCL = arithmetic.softmax_gradient(weights_BKGCL, dweights_BKGCL, dlse_BKGC, scale)
     dlogits_BKGCL = dlogits_BKGCL.astype(dtype)
     dq_BCKGD = arithmetic.einsum_f32("bkgcl,bkcld->bckgd", dlogits_BKGCL, k_BKCLD)
     dk_BKCLD = arithmetic.einsum_f32("bkgcl,bckgd->bkcld", dlogits_BKGCL, q_BCKGD)
@@ -69,7 +69,7 @@ def backward(
 
   stripes = _cut(q_BTHD, blocks_BTKM, segments_BT, k_BSKD, block_size)
   size = stripes[2].shape[1]
-  extras = [_to_stripes(x, size) for x in (dout_BTHD, lse_BTH, delta_BTH)]
+  extras = [_to_stripes(x, size) for x in (dout_BTHD, lse_BTH, dlse_BTH)]
   zeros = jnp.zeros(blocks.k_BKNXD.shape, jnp.float32)
   (dk_BKNXD, dv_BKNXD), dq = jax.lax.scan(stripe, (zeros, zeros), (stripes, *extras))
   num_keys = k_BSKD.shape[1]

@@ -35,7 +35,7 @@ def forward(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, *, block_size, sca
 
 
 def backward(
-  q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, dout_BTHD, lse_BTH, delta_BTH,
+  q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, dout_BTHD, lse_BTH, dlse_BTH,
   *, block_size, scale,
 ):  # fmt: skip
   num_kv_heads = k_BSKD.shape[2]
@@ -50,14 +50,14 @@ def backward(
       q_BTHD, k_BSKD, blocks_BTKM, segments_BT, start, stop, block_size, scale
     )
     lse_BKGC = arithmetic.heads_first(lse_BTH[:, start:stop], num_kv_heads)
-    delta_BKGC = arithmetic.heads_first(delta_BTH[:, start:stop], num_kv_heads)
+    dlse_BKGC = arithmetic.heads_first(dlse_BTH[:, start:stop], num_kv_heads)
     q_BCKGD = arithmetic.split_heads(q_BTHD[:, start:stop], num_kv_heads)
     dout_BCKGD = arithmetic.split_heads(dout_BTHD[:, start:stop], num_kv_heads)
     k_BXKD, v_BXKD = k_BSKD[:, :num_keys], v_BSKD[:, :num_keys]
 
     weights_BKGCX = jnp.exp(logits_BKGCX - arithmetic.finite(lse_BKGC)[..., None])
     dweights_BKGCX = arithmetic.einsum_f32("bckgd,bxkd->bkgcx", dout_BCKGD, v_BXKD)
-    dlogits_BKGCX = scale * weights_BKGCX * (dweights_BKGCX - delta_BKGC[..., None])
+    dlogits_BKGCX = arithmetic.softmax_gradient(weights_BKGCX, dweights_BKGCX, dlse_BKGC, scale)
     dlogits_BKGCX = dlogits_BKGCX.astype(dtype)
     dqs.append(
       arithmetic.join_heads(arithmetic.einsum_f32("bkgcx,bxkd->bckgd", dlogits_BKGCX, k_BXKD))
@@ -66,8 +66,10 @@ def backward(
     dv_BXKD = arithmetic.einsum_f32(
       "bkgcx,bckgd->bxkd", weights_BKGCX.astype(dtype), dout_BCKGD
     )
-    dk_BSKD = dk_BSKD.at[:, :num_keys].add(dk_BXKD)
-    dv_BSKD = dv_BSKD.at[:, :num_keys].add(dv_BXKD)
+    # Padding, since a sliced .at[].add is a scatter, which crashes XLA's CPU partitioner.
+    rest = [(0, 0), (0, k_BSKD.shape[1] - num_keys), (0, 0), (0, 0)]
+    dk_BSKD += jnp.pad(dk_BXKD, rest)
+    dv_BSKD += jnp.pad(dv_BXKD, rest)
   return jnp.concatenate(dqs, axis=1), dk_BSKD, dv_BSKD
 
 

@@ -5,6 +5,7 @@ of a group, which share one list (arXiv:2511.20102, section 4.1 and released cod
 """
 
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 
 import pallas_kernels
@@ -30,8 +31,12 @@ class Moba(nn.Module):
     implementation = options.sparse_implementation
     implementation = None if implementation == "auto" else implementation
 
-    def attend(q_BTHD, k_BTKD, v_BTKD, segments_BT):
-      blocks_BTKM = pallas_kernels.select_blocks(
+    segments_BT = tokens.segments_BT if options.document_mask == "both" else None
+    heads, kv_heads = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+    segments = None if segments_BT is None else ("batch", None)
+
+    def select(q_BTHD, k_BTKD, segments_BT):
+      return pallas_kernels.select_blocks(
         q_BTHD,
         k_BTKD,
         block_size=options.block_size,
@@ -41,6 +46,8 @@ class Moba(nn.Module):
         rule=options.selection,
         implementation=implementation,
       )
+
+    def attend(q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT):
       out_BTHD, _ = pallas_kernels.block_sparse_attention(
         q_BTHD,
         k_BTKD,
@@ -50,14 +57,14 @@ class Moba(nn.Module):
         segments_BT=segments_BT,
         implementation=implementation,
       )
-      return out_BTHD, blocks_BTKM
+      return out_BTHD
 
-    segments_BT = tokens.segments_BT if options.document_mask == "both" else None
-    heads, kv_heads = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-    segments = None if segments_BT is None else ("batch", None)
-    out_BTHD, blocks_BTKM = sharding.per_device(
-      attend, (heads, kv_heads, kv_heads, segments), (heads, kv_heads)
-    )(q_BTHD, k_BTKD, v_BTKD, segments_BT)
+    blocks_BTKM = sharding.per_device(select, (heads, kv_heads, segments), kv_heads)(
+      *jax.lax.stop_gradient((q_BTHD, k_BTKD)), segments_BT
+    )
+    out_BTHD = sharding.per_device(
+      attend, (heads, kv_heads, kv_heads, kv_heads, segments), heads
+    )(q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT)
     # For whoever looks: apply(..., mutable=["intermediates"]).
     self.sow("intermediates", "blocks", blocks_BTKM)
     return out_BTHD

@@ -1,0 +1,61 @@
+"""A model small enough for tests, from the smoke preset."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import smoke
+from sparsejax import parameters
+from sparsejax.configuration import build
+from sparsejax.data import batch as data
+
+
+def make_config(**changes):
+  """The smoke preset at toy size; `changes` are dotted keys with `_` for the dots' sake."""
+  c = smoke.get_config()
+  c.model.update(
+    num_hidden_layers=2,
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+  )
+  c.attention.update(block_size=8, num_blocks=3)
+  c.loss.chunk_length = 24
+  c.data.update(sequence_length=64, batch_size=8)
+  c.optimizer.update(warmup_steps=2)
+  c.train.update(num_steps=6, log_every=1, eval_every=3, eval_batches=1, save_every=3)
+  c.train.update(sample_tokens=8, tensorboard=False)
+  for key, value in changes.items():
+    section, _, name = key.partition("__")
+    c[section][name] = value
+  return c
+
+
+def make_model(max_documents=4, **changes):
+  return build.make_model(make_config(**changes), max_documents=max_documents)
+
+
+def make_params(transformer, seed=0, scale=1.0):
+  """New parameters; a `scale` above 1 makes attention sharp enough to matter."""
+  params = nn.unbox(parameters.init(transformer, jax.random.key(seed)))
+  return jax.tree.map(lambda x: x * scale, params)
+
+
+def make_batch(rows=2, length=64, vocab_size=320, seed=0, num_documents=3):
+  """Random tokens in a few documents, with padding at the end of the last row."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(vocab_size, size=(rows, length + 1))
+  borders = np.sort(rng.integers(1, length, size=(rows, num_documents - 1)), axis=1)
+  index = np.arange(length)
+  segments = 1 + (index[None, :, None] >= borders[:, None, :]).sum(-1)
+  opened_at = np.where(np.diff(segments, axis=1, prepend=0) > 0, index[None], 0)
+  positions = index[None] - np.maximum.accumulate(opened_at, axis=1)
+  weights = np.ones((rows, length), np.float32)
+  segments[-1, -5:], weights[-1, -5:] = 0, 0.0
+  fields = tokens[:, :-1], tokens[:, 1:], weights, segments, positions
+  return data.Batch(
+    *(jnp.asarray(field, jnp.float32 if field is weights else jnp.int32) for field in fields)
+  )

@@ -1,0 +1,211 @@
+"""One battery for every entry of METHODS."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax import attention, sharding
+from sparsejax.attention import layer, rotary
+from tests import small
+
+STREAMS = ("train", "full", "sparse")
+T, E = 64, 32
+
+
+def make_layer(method, dtype="float32", **changes):
+  options = small.make_model(attention__method=method).options
+  options = dataclasses.replace(options, **changes)
+  return layer.Attention(
+    width=E,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    options=options,
+    kernel_init=jax.nn.initializers.normal(0.5),
+    dtype=dtype,
+  )
+
+
+def make_inputs(rows=2, seed=0):
+  batch = small.make_batch(rows=rows, length=T, seed=seed)
+  x_BTE = jax.random.normal(jax.random.key(seed), (rows, T, E))
+  scaling = rotary.Scaling(
+    rope_type="default",
+    factor=1.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=T,
+  )
+  return x_BTE, rotary.angles(batch.positions, 8, 1e4, scaling), batch.segments
+
+
+def make_run(module, inputs, stream, use_full=True):
+  """A jitted function of the layer's input, and the input."""
+  x_BTE, angles, segments = inputs
+  arguments = (angles, segments, jnp.asarray(use_full), stream)
+  params = module.init(jax.random.key(1), x_BTE, *arguments)
+  return jax.jit(lambda x_BTE: module.apply(params, x_BTE, *arguments)), x_BTE
+
+
+@pytest.mark.parametrize("use_full", [True, False], ids=["heads", "tails"])
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("method", attention.METHODS)
+def test_the_future_has_no_gradient(method, stream, use_full):
+  """The gradient of output t with respect to inputs after t is zero, to the last bit."""
+  run, x_BTE = make_run(make_layer(method), make_inputs(), stream, use_full)
+  _, vjp = jax.vjp(lambda x: run(x)[0], x_BTE)
+  for t in (0, 7, 8, 30, T - 2):
+    (gradient,) = vjp(jnp.zeros((2, T, E)).at[:, t].set(1.0))
+    assert gradient[:, : t + 1].any()
+    np.testing.assert_array_equal(gradient[:, t + 1 :], jnp.zeros_like(gradient[:, t + 1 :]))
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("method", attention.METHODS)
+def test_documents_do_not_see_each_other(method, stream):
+  """A packed row gives what each of its documents gives alone."""
+  module = make_layer(method)
+  inputs = make_inputs(rows=1)
+  run, x_BTE = make_run(module, inputs, stream)
+  packed = run(x_BTE)[0]
+  segments = np.asarray(inputs[2][0])
+  for document in range(1, segments.max() + 1):
+    others = jnp.asarray(segments != document)[None, :, None]
+    changed = run(jnp.where(others, 100.0 + x_BTE, x_BTE))[0]
+    own = segments == document
+    np.testing.assert_allclose(packed[0, own], changed[0, own], atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["full", "none"])
+def test_the_released_behaviour_crosses_documents(mask):
+  """`full`: only the sparse stream crosses documents; `none`: both do."""
+  inputs = make_inputs(rows=1)
+  segments = np.asarray(inputs[2][0])
+  last = segments == segments.max()
+  crosses = {}
+  for stream in ("full", "sparse"):
+    run, x_BTE = make_run(make_layer("moba", document_mask=mask), inputs, stream)
+    before = run(x_BTE)[0]
+    after = run(jnp.where(jnp.asarray(~last)[None, :, None], 3.0 - x_BTE, x_BTE))[0]
+    crosses[stream] = bool(jnp.abs(before - after)[0, last].max() > 1e-3)
+  assert crosses == dict(full=mask == "none", sparse=True)
+
+
+@pytest.mark.parametrize("method", attention.METHODS)
+def test_every_block_allowed_is_full_attention(method):
+  inputs = make_inputs()
+  module = make_layer(method, num_blocks=T // 8)
+  sparse, x_BTE = make_run(module, inputs, "sparse")
+  full, _ = make_run(module, inputs, "full")
+  np.testing.assert_allclose(sparse(x_BTE)[0], full(x_BTE)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", attention.METHODS)
+def test_a_small_budget_is_not_full_attention(method):
+  inputs = make_inputs()
+  sparse, x_BTE = make_run(make_layer(method), inputs, "sparse")
+  full, _ = make_run(make_layer(method), inputs, "full")
+  assert jnp.abs(sparse(x_BTE)[0] - full(x_BTE)[0]).max() > 1e-2
+
+
+def test_training_runs_the_stream_that_the_method_is_for():
+  """full trains full, moba trains sparse, ssa what the coin says; with one set of weights."""
+  inputs = make_inputs()
+  runs = {
+    (method, stream, coin): make_run(make_layer(method), inputs, stream, coin)[0](inputs[0])[0]
+    for method in attention.METHODS
+    for stream in STREAMS
+    for coin in (True, False)
+  }
+  expected = {("full", True): "full", ("full", False): "full", ("moba", True): "sparse"}
+  expected |= {("moba", False): "sparse", ("ssa", True): "full", ("ssa", False): "sparse"}
+  for (method, coin), stream in expected.items():
+    np.testing.assert_array_equal(
+      runs[method, "train", coin], runs["ssa", stream, True], err_msg=f"{method} {coin}"
+    )
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("method", attention.METHODS)
+def test_gradients_are_finite_in_bfloat16(method, stream):
+  inputs = make_inputs()
+  run, x_BTE = make_run(make_layer(method, dtype="bfloat16"), inputs, stream)
+  out_BTE, align = run(x_BTE)
+  assert out_BTE.dtype == jnp.bfloat16
+  assert align.dtype == jnp.float32
+  gradient = jax.grad(lambda x: run(x)[0].astype(jnp.float32).sum() + run(x)[1])(x_BTE)
+  assert jnp.isfinite(gradient).all()
+  assert gradient.any()
+
+
+@pytest.mark.parametrize("method", attention.METHODS)
+def test_the_gate_is_a_switch(method):
+  """Off, its parameter is gone; on, it multiplies every head's output by a sigmoid."""
+  inputs = make_inputs()
+  x_BTE, angles, segments = inputs
+  arguments = (angles, segments, jnp.asarray(True), "full")
+  on, off = make_layer(method), make_layer(method, gate=False)
+  params = on.init(jax.random.key(1), x_BTE, *arguments)["params"]
+  assert "g_proj" not in off.init(jax.random.key(1), x_BTE, *arguments)["params"]
+  # sigmoid(0) = 1/2 for every head.
+  closed = params | {"g_proj": jax.tree.map(jnp.zeros_like, params["g_proj"])}
+  bare = {name: value for name, value in params.items() if name != "g_proj"}
+  halved, _ = on.apply({"params": closed}, x_BTE, *arguments)
+  whole, _ = off.apply({"params": bare}, x_BTE, *arguments)
+  np.testing.assert_allclose(2 * halved, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "sizes", [(8, 1, 1), (2, 2, 2)], ids=["data_8", "data_2_fsdp_2_tensor_2"]
+)
+@pytest.mark.parametrize("method", attention.METHODS)
+def test_eight_devices_equal_one(method, sizes):
+  inputs = make_inputs(rows=8)
+  module = make_layer(method)
+  x_BTE, angles, segments = inputs
+  arguments = (angles, segments, jnp.asarray(True))
+  params = module.init(jax.random.key(1), x_BTE, *arguments, "train")
+
+  @functools.partial(jax.jit, static_argnames="stream")
+  def run(params, x_BTE, angles, segments, use_full, stream):
+    def loss(x_BTE):
+      out, align = module.apply(params, x_BTE, angles, segments, use_full, stream)
+      return (out**2).sum() + align, out
+
+    return jax.value_and_grad(loss, has_aux=True)(x_BTE)
+
+  alone = run(params, x_BTE, *arguments, stream="train")
+  data, fsdp, tensor = sizes
+  mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+  rows = sharding.batch_sharding(mesh)
+  divided = [jax.device_put(x, rows) for x in (x_BTE, angles, segments)]
+  params = jax.device_put(params, sharding.replicated(mesh))
+  with sharding.use(mesh):
+    together = run(params, *divided, arguments[2], stream="train")
+  for one, eight in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+    # Sums in another order: float32's rounding of the largest element.
+    atol = 1e-5 * float(jnp.abs(one).max())
+    np.testing.assert_allclose(one, eight, rtol=0, atol=atol)
+
+
+def test_lists_can_be_looked_at():
+  """The blocks that queries chose are there for whoever asks, layer by layer."""
+  transformer = small.make_model()
+  params = small.make_params(transformer)
+  batch = small.make_batch()
+  _, seen = transformer.apply(
+    {"params": params},
+    batch.inputs,
+    batch.positions,
+    batch.segments,
+    stream="sparse",
+    mutable=["intermediates"],
+  )
+  (blocks,) = seen["intermediates"]["layers"]["self_attn"]["sparse"]["blocks"]
+  assert blocks.shape == (2, 2, 64, 2, 3)
+  own = np.arange(64) // 8
+  assert (np.asarray(blocks) == own[None, None, :, None, None]).any(-1).all()
