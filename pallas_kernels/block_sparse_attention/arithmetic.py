@@ -4,12 +4,23 @@ import jax.numpy as jnp
 
 
 def softmax(logits):
-  """Weights and log-normaliser over the last axis; all -inf gives zeros and -inf."""
+  """Exponentials, their sum and its logarithm over the last axis.
+
+  The weights are `exponentials / total`; dividing after the product with the values saves a
+  pass over the scores. All -inf gives zeros, a total of 1 and -inf.
+  """
   largest = finite(logits.max(-1))
-  weights = jnp.exp(logits - largest[..., None])
-  total = weights.sum(-1)
-  lse = jnp.where(total > 0, largest + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
-  return weights / jnp.where(total > 0, total, 1.0)[..., None], lse
+  exponentials = jnp.exp(logits - largest[..., None])
+  total = exponentials.sum(-1)
+  is_any = total > 0
+  total = jnp.where(is_any, total, 1.0)
+  return exponentials, total, jnp.where(is_any, largest + jnp.log(total), -jnp.inf)
+
+
+def weigh(equation, exponentials, total_BKGC, values):
+  """The mean of the values under softmax weights, in their dtype, [B, C, K, G, D]."""
+  out_BCKGD = einsum_f32(equation, exponentials.astype(values.dtype), values)
+  return (out_BCKGD / total_BKGC.transpose(0, 3, 1, 2)[..., None]).astype(values.dtype)
 
 
 def softmax_gradient(weights, dweights, dlse, scale):

@@ -25,8 +25,8 @@ def forward(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, *, block_size, sca
     logits_BKGCL, _, v_BKCLD = blocks.logits(
       q_BCKGD, listed_BCKM, position_C, segments_BC, scale
     )
-    weights_BKGCL, lse_BKGC = arithmetic.softmax(logits_BKGCL)
-    out_BCKGD = jnp.einsum("bkgcl,bkcld->bckgd", weights_BKGCL.astype(v_BKCLD.dtype), v_BKCLD)
+    exponentials_BKGCL, total_BKGC, lse_BKGC = arithmetic.softmax(logits_BKGCL)
+    out_BCKGD = arithmetic.weigh("bkgcl,bkcld->bckgd", exponentials_BKGCL, total_BKGC, v_BKCLD)
     lse_BCH = lse_BKGC.transpose(0, 3, 1, 2).reshape(*q_BCHD.shape[:3])
     return arithmetic.join_heads(out_BCKGD), lse_BCH
 

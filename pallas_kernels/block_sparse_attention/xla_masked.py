@@ -25,9 +25,9 @@ def forward(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, *, block_size, sca
     logits_BKGCX, num_keys = _logits(
       q_BTHD, k_BSKD, blocks_BTKM, segments_BT, start, stop, block_size, scale
     )
-    weights_BKGCX, lse_BKGC = arithmetic.softmax(logits_BKGCX)
-    out_BCKGD = jnp.einsum(
-      "bkgcx,bxkd->bckgd", weights_BKGCX.astype(v_BSKD.dtype), v_BSKD[:, :num_keys]
+    exponentials_BKGCX, total_BKGC, lse_BKGC = arithmetic.softmax(logits_BKGCX)
+    out_BCKGD = arithmetic.weigh(
+      "bkgcx,bxkd->bckgd", exponentials_BKGCX, total_BKGC, v_BSKD[:, :num_keys]
     )
     outs.append(arithmetic.join_heads(out_BCKGD))
     lses.append(lse_BKGC.transpose(0, 3, 1, 2).reshape(*lse_BKGC.shape[::3], -1))

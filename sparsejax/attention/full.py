@@ -137,7 +137,7 @@ def _cudnn(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents: int):
   # jax.nn has no argument for packed documents; its own cuDNN call does.
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-  lengths_BM, offsets_BM = document_offsets(segments_BT, max_documents)
+  lengths_BM, offsets_BM, has_room_B = document_offsets(segments_BT, max_documents)
   out_BTHD = cudnn.dot_product_attention(
     q_BTHD,
     k_BTKD,
@@ -149,21 +149,21 @@ def _cudnn(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents: int):
     scale=q_BTHD.shape[-1] ** -0.5,
     mask_type=cudnn.MaskType.PADDING_CAUSAL,
   )
-  has_room_B = (offsets_BM.max(-1) == segments_BT.shape[1])[:, None, None, None]
-  return jnp.where(has_room_B, out_BTHD, jnp.nan)
+  return jnp.where(has_room_B[:, None, None, None], out_BTHD, jnp.nan)
 
 
 def document_offsets(segments_BT, max_documents: int):
-  """Runs of equal segments as lengths [B, M] and offsets [B, M + 1], -1 where there is none.
+  """Where runs of equal segments lie, as cuDNN's packed form wants it.
 
-  A row of more than `max_documents` runs has offsets that stop short of its length.
+  Returns:
+    lengths [B, M] of the runs, their starts [B, M + 1] (no end among them), both -1 where
+    there is no run, and whether a row has no more runs than fit, bool [B].
   """
   t = segments_BT.shape[1]
   begins_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
   find = jax.vmap(lambda row: jnp.nonzero(row, size=max_documents + 1, fill_value=t)[0])
   starts_BM = find(begins_BT).astype(jnp.int32)
   lengths_BM = jnp.diff(starts_BM, axis=1)
-  count_B1 = begins_BT.sum(-1, keepdims=True)
-  number_1M = jnp.arange(max_documents + 1)[None]
-  offsets_BM = jnp.where(number_1M <= count_B1, starts_BM, -1)
-  return jnp.where(lengths_BM > 0, lengths_BM, -1), offsets_BM
+  has_room_B = starts_BM[:, -1] == t
+  offsets_BM = jnp.where(starts_BM < t, starts_BM, -1)
+  return jnp.where(lengths_BM > 0, lengths_BM, -1), offsets_BM, has_room_B

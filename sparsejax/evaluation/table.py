@@ -102,6 +102,11 @@ def markdown(cells: Sequence[perplexity.Cell]) -> str:
     )
     for cell in cells
   ]
+  return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+  """Rows, the first being the header, as a markdown table with columns of equal width."""
   widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
   lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
   lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
@@ -112,7 +117,7 @@ def _write(task: str, cells, subject: subjects.Subject, out: pathlib.Path) -> st
   table = markdown(cells)
   content = dict(
     task=task,
-    checkpoint=str(subject.path),
+    run=subject.path.parent.parent.name,
     step=subject.step,
     method=subject.config.attention.method,
     environment=record.environment(),

@@ -68,20 +68,20 @@ def test_long_rows_never_hold_all_scores():
 
 
 @pytest.mark.parametrize(
-  ("segments", "max_documents", "lengths", "offsets"),
+  ("segments", "max_documents", "lengths", "offsets", "has_room"),
   [
-    ([1, 1, 2, 2, 2, 3], 4, [2, 3, 1, -1], [0, 2, 5, 6, -1]),
-    ([1, 1, 1, 1, 1, 1], 2, [6, -1], [0, 6, -1]),
-    ([4, 4, 5, 5, 0, 0], 3, [2, 2, 2], [0, 2, 4, 6]),
-    ([1, 2, 3, 4, 5, 6], 6, [1] * 6, [0, 1, 2, 3, 4, 5, 6]),
-    # One too many: the last offset stops short of the row.
-    ([1, 2, 3, 3, 3, 3], 2, [1, 1], [0, 1, 2]),
+    ([1, 1, 2, 2, 2, 3], 4, [2, 3, 1, -1], [0, 2, 5, -1, -1], True),
+    ([1, 1, 1, 1, 1, 1], 2, [6, -1], [0, -1, -1], True),
+    ([4, 4, 5, 5, 0, 0], 3, [2, 2, 2], [0, 2, 4, -1], True),
+    ([1, 2, 3, 4, 5, 6], 6, [1] * 6, [0, 1, 2, 3, 4, 5, -1], True),
+    ([1, 2, 3, 3, 3, 3], 2, [1, 1], [0, 1, 2], False),
   ],
 )
-def test_document_offsets(segments, max_documents, lengths, offsets):
+def test_document_offsets(segments, max_documents, lengths, offsets, has_room):
   actual = full.document_offsets(jnp.asarray([segments]), max_documents)
   np.testing.assert_array_equal(actual[0][0], lengths)
   np.testing.assert_array_equal(actual[1][0], offsets)
+  assert bool(actual[2][0]) == has_room
 
 
 def test_the_cpu_takes_xla_and_says_why():
