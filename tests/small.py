@@ -40,8 +40,12 @@ def make_model(max_documents=4, **changes):
 
 def make_params(transformer, seed=0, scale=1.0):
   """New parameters; a `scale` above 1 makes attention sharp enough to matter."""
-  params = nn.unbox(parameters.init(transformer, jax.random.key(seed)))
-  return jax.tree.map(lambda x: x * scale, params)
+
+  @jax.jit
+  def make(rng):
+    return jax.tree.map(lambda x: x * scale, nn.unbox(parameters.init(transformer, rng)))
+
+  return make(jax.random.key(seed))
 
 
 def make_batch(rows=2, length=64, vocab_size=320, seed=0, num_documents=3):

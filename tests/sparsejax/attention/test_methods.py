@@ -47,8 +47,13 @@ def make_run(module, inputs, stream, use_full=True):
   """A jitted function of the layer's input, and the input."""
   x_BTE, angles, segments = inputs
   arguments = (angles, segments, jnp.asarray(use_full), stream)
-  params = module.init(jax.random.key(1), x_BTE, *arguments)
+  params = init(module, x_BTE, *arguments)
   return jax.jit(lambda x_BTE: module.apply(params, x_BTE, *arguments)), x_BTE
+
+
+def init(module, x_BTE, angles, segments, use_full, stream="train"):
+  make = jax.jit(lambda rng: module.init(rng, x_BTE, angles, segments, use_full, stream))
+  return make(jax.random.key(1))
 
 
 @pytest.mark.parametrize("use_full", [True, False], ids=["heads", "tails"])
@@ -149,8 +154,8 @@ def test_the_gate_is_a_switch(method):
   x_BTE, angles, segments = inputs
   arguments = (angles, segments, jnp.asarray(True), "full")
   on, off = make_layer(method), make_layer(method, gate=False)
-  params = on.init(jax.random.key(1), x_BTE, *arguments)["params"]
-  assert "g_proj" not in off.init(jax.random.key(1), x_BTE, *arguments)["params"]
+  params = init(on, x_BTE, *arguments)["params"]
+  assert "g_proj" not in init(off, x_BTE, *arguments)["params"]
   # sigmoid(0) = 1/2 for every head.
   closed = params | {"g_proj": jax.tree.map(jnp.zeros_like, params["g_proj"])}
   bare = {name: value for name, value in params.items() if name != "g_proj"}
@@ -168,7 +173,7 @@ def test_eight_devices_equal_one(method, sizes):
   module = make_layer(method)
   x_BTE, angles, segments = inputs
   arguments = (angles, segments, jnp.asarray(True))
-  params = module.init(jax.random.key(1), x_BTE, *arguments, "train")
+  params = init(module, x_BTE, *arguments)
 
   @functools.partial(jax.jit, static_argnames="stream")
   def run(params, x_BTE, angles, segments, use_full, stream):
