@@ -1,0 +1,72 @@
+"""Counting against brute force."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sparsejax import cost
+from tests import small
+
+
+def read_keys(length, block_size, num_blocks):
+  """Keys each query reads if it always finds `num_blocks` blocks, one query at a time."""
+  for t in range(length):
+    own = t // block_size
+    yield min(num_blocks - 1, own) * block_size + t % block_size + 1
+
+
+@pytest.mark.parametrize("length", [64, 61, 8, 5])
+@pytest.mark.parametrize("num_blocks", [1, 3, 8])
+def test_keys_read(length, num_blocks):
+  options = dataclasses.replace(small.make_model().options, num_blocks=num_blocks)
+  expected = np.mean(list(read_keys(length, 8, num_blocks)))
+  np.testing.assert_allclose(cost.mean_keys_sparse(length, options), expected)
+  np.testing.assert_allclose(cost.mean_keys_full(length), np.mean(np.arange(length) + 1))
+
+
+def test_every_block_costs_full_attention():
+  options = dataclasses.replace(small.make_model().options, num_blocks=8)
+  np.testing.assert_allclose(cost.mean_keys_sparse(64, options), cost.mean_keys_full(64))
+
+
+def test_matrices_cost_six_per_parameter_and_token():
+  """The rule of thumb: 6 N, N without the embedding table but with the unembedding."""
+  transformer = small.make_model(attention__method="full")
+  params = small.make_params(transformer)
+  scales = 2 * 2 * 32 + 32
+  dense = cost.dense_flops_per_token(transformer.shape, 1)
+  # A row of one token attends to itself: 12 H D per layer.
+  attention = 2 * 12 * 4 * 8
+  assert dense == 6 * (cost.num_parameters(params) - scales) + attention
+
+
+def test_methods_in_order():
+  def flops(method):
+    transformer = small.make_model(attention__method=method)
+    return cost.train_flops_per_token(transformer.shape, transformer.options, 64)
+
+  dense = cost.dense_flops_per_token(small.make_model().shape, 64)
+  assert flops("full") == dense
+  assert flops("moba") < flops("full") < flops("ssa")
+  # SSA runs both streams, and the selection once.
+  matrices = cost.dense_flops_per_token(small.make_model().shape, 1) - 2 * 12 * 4 * 8
+  assert flops("ssa") == pytest.approx(flops("full") + flops("moba") - matrices)
+
+
+@pytest.mark.parametrize(
+  ("kind", "expected"),
+  [
+    ("NVIDIA H200", 989.0),
+    ("NVIDIA H100 80GB HBM3", 989.0),
+    ("NVIDIA H100 PCIe", 756.0),
+    ("NVIDIA A100-SXM4-80GB", 312.0),
+    ("NVIDIA L40S", 362.0),
+    ("NVIDIA L4", 121.0),
+    ("NVIDIA GeForce RTX 4090", 165.0),
+    ("cpu", None),
+  ],
+)
+def test_peaks(kind, expected):
+  assert cost.peak_tflops(SimpleNamespace(device_kind=kind)) == expected
