@@ -134,7 +134,9 @@ def _apply(config: ml_collections.ConfigDict, argument: str) -> None:
   if isinstance(holder[name], ml_collections.ConfigDict):
     keys = ", ".join(f"{path}.{key}" for key in holder[name])
     raise errors.ConfigError(f"config key {path!r} is a section; set one of its keys: {keys}.")
-  holder[name] = _parse(path, text, holder[name], holder.get_type(name))
+  reference = dict(holder.items(preserve_field_references=True))[name]
+  is_optional = holder[name] is None or isinstance(reference, ml_collections.FieldReference)
+  holder[name] = _parse(path, text, holder.get_type(name), is_optional)
 
 
 def _split(argument: str) -> tuple[str, str]:
@@ -161,12 +163,12 @@ def _unknown(config: ml_collections.ConfigDict, path: str) -> errors.ConfigError
   return errors.ConfigError(f"unknown config key {path!r}.{hint}{listing}")
 
 
-def _parse(path: str, text: str, current: Any, kind: type) -> Any:
-  """`text` as a value of the key's type; a key that defaults to None also takes `none`."""
+def _parse(path: str, text: str, kind: type, is_optional: bool) -> Any:
+  """`text` as a value of the key's type; a key that was None may be None again."""
   if text.lower() in ("none", "null"):
-    if current is None or kind is type(None):
+    if is_optional:
       return None
-    # A placeholder that a preset has filled may be emptied again; anything else may not.
+    # For other text, `none` is a word like any other.
     if kind is not str:
       raise errors.ConfigError(f"config key {path!r} takes {_EXAMPLES[kind]}; not None.")
   try:

@@ -1,5 +1,6 @@
 """What a run is, written down beside what it makes."""
 
+import copy
 import datetime
 import hashlib
 from importlib import metadata
@@ -163,7 +164,7 @@ def restore(
   Raises:
     CheckpointError: a saved key that the template does not have.
   """
-  config = ml_collections.ConfigDict(template)
+  config = copy.deepcopy(template)
   known = overrides.flatten(config)
   for key, value in flat.items():
     if key not in known:

@@ -45,17 +45,20 @@ def sample(
   ids_1T = np.zeros((1, window), np.int32)
   ids_1T[0, : len(prompt)] = prompt
   num_ids = num_ids or transformer.shape.vocab_size
-  positions_1T = jnp.arange(window)[None]
+  # Rows are what devices divide among themselves; each gets this one.
+  shape_BT = (mesh.size, window)
+  positions_BT = jnp.broadcast_to(jnp.arange(window), shape_BT)
 
   @jax.jit
   def run(params, ids_1T, length, rng):
     def draw(carry, rng):
       ids_1T, length = carry
+      ids_BT = jnp.broadcast_to(ids_1T, shape_BT)
       output = transformer.apply(
-        {"params": params}, ids_1T, positions_1T, jnp.ones_like(ids_1T), stream=stream
+        {"params": params}, ids_BT, positions_BT, jnp.ones_like(ids_BT), stream=stream
       )
-      last_11E = jax.lax.dynamic_slice_in_dim(output.hidden_BTE, length - 1, 1, axis=1)
-      logits_V = model.logits(params, last_11E)[0, 0, :num_ids]
+      last_B1E = jax.lax.dynamic_slice_in_dim(output.hidden_BTE, length - 1, 1, axis=1)
+      logits_V = model.logits(params, last_B1E)[0, 0, :num_ids]
       if temperature:
         token = jax.random.categorical(rng, logits_V / temperature)
       else:

@@ -49,8 +49,8 @@ def init_state(
     lambda seed: nn.unbox(_init(transformer, optimizer, jax.random.key(seed))),
     out_shardings=shardings,
   )
-  with sharding.use(mesh):
-    return make(jax.device_put(jnp.uint32(seed), sharding.replicated(mesh)))
+  # Not inside of `sharding.use`: the one row that shapes are found with divides among nobody.
+  return make(jax.device_put(jnp.uint32(seed), sharding.replicated(mesh)))
 
 
 def _init(transformer, optimizer, rng) -> TrainState:

@@ -69,7 +69,7 @@ def make_train_step(
       )
 
     grads, metrics = _accumulate(loss_of_part, state.params, batch, accumulate_steps)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 

@@ -19,11 +19,11 @@ def claim(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
   workdir = pathlib.Path(path).absolute()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    lock = open(workdir / ".lock", "w")
     # A full or read-only disk should show now, not after the first thousand steps.
     probe = workdir / ".probe"
     probe.write_bytes(os.urandom(4096))
     probe.unlink()
+    lock = open(workdir / ".lock", "w")
   except OSError as error:
     raise errors.UserError(
       f"cannot write to --workdir={workdir}: {error.strerror}. Choose another, or mend its "

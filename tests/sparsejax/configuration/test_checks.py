@@ -1,0 +1,182 @@
+"""Configurations that contradict themselves are refused, with the remedy."""
+
+import pathlib
+import re
+
+import pytest
+
+from sparsejax import errors
+from sparsejax.configuration import checks, overrides
+
+SMOKE = str(pathlib.Path(__file__).parents[3] / "configs" / "smoke.py")
+
+
+def load(*assignments):
+  return overrides.load(SMOKE, [f"--config.{text}" for text in assignments])
+
+
+def problem(*assignments):
+  """The one problem of the smoke preset with these changes."""
+  with pytest.raises(errors.ConfigError) as caught:
+    checks.check(load(*assignments))
+  message = str(caught.value)
+  assert "\n" not in message, message
+  return message
+
+
+@pytest.mark.parametrize("key", checks.CHOICES)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(key):
+  allowed = checks.CHOICES[key]
+  typo = allowed[0][:-1] + "_"
+  with pytest.raises(errors.ConfigError) as caught:
+    checks.check(load(f"{key}={typo}"))
+  expected = f"unknown {key} {typo!r}. Did you mean"
+  line = next(line for line in str(caught.value).splitlines() if line.startswith(expected))
+  assert line.endswith(f"There are: {', '.join(allowed)}.")
+  assert repr(allowed[0]) in line
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [(key, value) for key, values in checks.CHOICES.items() for value in values],
+)
+def test_every_choice_on_offer_is_accepted(key, value):
+  checks.check(load(f"{key}={value}", "optimizer.decay_steps=10"))
+
+
+@pytest.mark.parametrize("key", checks.AT_LEAST_ONE)
+def test_sizes_begin_at_one(key):
+  for value in (0, -1):
+    with pytest.raises(errors.ConfigError, match=rf"(?m)^{key}={value} must be at least 1\.$"):
+      checks.check(load(f"{key}={value}"))
+
+
+@pytest.mark.parametrize(
+  ("assignments", "message"),
+  [
+    (["ssa.full_ratio=1.5"], "ssa.full_ratio=1.5 is a probability: from 0 to 1."),
+    (["ssa.full_ratio=-0.1"], "ssa.full_ratio=-0.1 is a probability: from 0 to 1."),
+    (
+      ["model.num_attention_heads=6", "model.num_key_value_heads=4"],
+      "model.num_attention_heads=6 does not divide into model.num_key_value_heads=4 groups; "
+      "take 1 or 2 or 3 or 6 key/value heads.",
+    ),
+    (
+      ["model.head_dim=33"],
+      "model.head_dim=33 is odd; rotary embeddings turn pairs of channels, so take an even "
+      "number.",
+    ),
+    (
+      ["data.sequence_length=250"],
+      "data.sequence_length=250 is not a multiple of attention.block_size=16; take 240 or 256.",
+    ),
+    (
+      ["data.sequence_length=8"],
+      "data.sequence_length=8 is not a multiple of attention.block_size=16; take 16.",
+    ),
+    (
+      ["attention.num_blocks=17"],
+      "attention.num_blocks=17 blocks of 16 keys are more than the 16 of "
+      "data.sequence_length=256; take at most 16.",
+    ),
+    (
+      ["attention.selection=half_local", "attention.num_blocks=3"],
+      "attention.num_blocks=3 is odd; selection='half_local' takes half of the blocks near by "
+      "and half from afar, so take an even number.",
+    ),
+    (
+      ["train.accumulate_steps=3"],
+      "data.batch_size=16 does not divide into train.accumulate_steps=3 parts; take a batch of "
+      "15 or 18.",
+    ),
+    (
+      ["train.accumulate_steps=32"],
+      "data.batch_size=16 does not divide into train.accumulate_steps=32 parts; take a batch "
+      "of 32.",
+    ),
+    (
+      ["optimizer.warmup_steps=241"],
+      "optimizer.warmup_steps=241 plus optimizer.decay_steps=0 exceed train.num_steps=240; "
+      "shorten them.",
+    ),
+    (
+      ["optimizer.warmup_steps=200", "optimizer.decay_steps=41"],
+      "optimizer.warmup_steps=200 plus optimizer.decay_steps=41 exceed train.num_steps=240; "
+      "shorten them.",
+    ),
+    (
+      ["optimizer.schedule=wsd"],
+      "optimizer.schedule='wsd' needs optimizer.decay_steps, the length of its final decay; a "
+      "tenth of the run is common: 24.",
+    ),
+    (
+      ["data.sources=()"],
+      "data.sources is empty; name prepared directories, or stdlib or recall.",
+    ),
+    (
+      ["data.weights=1,2"],
+      "data.weights has 2 numbers for 1 data.sources; give one each, or () to weigh them by "
+      "size.",
+    ),
+    (["data.weights=0"], "data.weights=(0,) must all be positive numbers."),
+    (["data.weights=a"], "data.weights=('a',) must all be positive numbers."),
+    (
+      ["mesh.fsdp=-1"],
+      "mesh axes data and fsdp are both -1; only one can take what remains.",
+    ),
+    (["mesh.tensor=0"], "mesh.tensor=0 must be at least 1, or -1 for all remaining devices."),
+    (["mesh.data=-2"], "mesh.data=-2 must be at least 1, or -1 for all remaining devices."),
+    (
+      ["mesh.tensor=4"],
+      "mesh.tensor=4 cannot split model.num_key_value_heads=2; use fsdp or data for those "
+      "devices instead.",
+    ),
+  ],
+)
+def test_a_contradiction_names_values_limits_and_remedy(assignments, message):
+  assert problem(*assignments) == message
+
+
+@pytest.mark.parametrize(
+  "assignments",
+  [
+    ["ssa.full_ratio=0"],
+    ["ssa.full_ratio=1"],
+    ["model.num_key_value_heads=4"],
+    ["data.sequence_length=240"],
+    ["attention.num_blocks=16"],
+    ["attention.num_blocks=1"],
+    ["attention.selection=exact", "attention.num_blocks=3"],
+    ["train.accumulate_steps=16"],
+    ["optimizer.warmup_steps=240"],
+    ["optimizer.schedule=wsd", "optimizer.decay_steps=220"],
+    ["data.sources=a,b", "data.weights=1,0.5"],
+    ["mesh.data=1", "mesh.fsdp=-1"],
+    ["mesh.tensor=2"],
+  ],
+)
+def test_the_limits_themselves_are_allowed(assignments):
+  checks.check(load(*assignments))
+
+
+@pytest.mark.parametrize(
+  ("assignment", "remedy"),
+  [
+    ("data.sequence_length=250", "data.sequence_length=240"),
+    ("attention.num_blocks=17", "attention.num_blocks=16"),
+    ("train.accumulate_steps=3", "data.batch_size=15"),
+    ("optimizer.schedule=wsd", "optimizer.decay_steps=24"),
+  ],
+)
+def test_the_remedy_works(assignment, remedy):
+  value = remedy.partition("=")[2]
+  assert re.search(rf"\b{value}\b", problem(assignment))
+  checks.check(load(assignment, remedy))
+
+
+def test_every_problem_is_named_at_once():
+  with pytest.raises(errors.ConfigError) as caught:
+    checks.check(load("model.head_dim=33", "data.sources=()", "attention.method=ssaa"))
+  lines = str(caught.value).splitlines()
+  assert [line.split()[0] for line in lines] == ["unknown", "model.head_dim=33", "data.sources"]
+  assert "'ssa'" in lines[0]

@@ -1,0 +1,211 @@
+"""Runs side by side, from what they left in their directories."""
+
+import builtins
+import dataclasses
+import json
+
+from matplotlib import figure as figure_module
+import numpy as np
+import pytest
+
+from sparsejax import errors
+from sparsejax.configuration import record
+from sparsejax.evaluation import perplexity, report
+from tests import small
+
+CELLS = [
+  perplexity.Cell("web", "full", None, 2.0, 0.01, 7.389, 0.07, 0.9, 0.4, 1000),
+  perplexity.Cell("web", "sparse", 16, 2.5, 0.01, 12.182, 0.1, 1.2, 0.3, 1000),
+]
+
+
+def training_line(step, seconds, speed):
+  return {
+    "step": step,
+    "time": 0.0,
+    "train/loss": 5.0,
+    "perf/step_seconds": seconds,
+    "perf/tokens_per_second": speed,
+    "perf/memory_gib": 1.5,
+    "perf/mfu": 0.3,
+  }
+
+
+def validation_line(step, full, sparse):
+  values = {"eval/full/loss": full, "eval/sparse/loss": sparse, "eval/gap": sparse - full}
+  return {"step": step, "time": 0.0} | values
+
+
+def make_workdir(folder, name="a", method="ssa", cells=CELLS, validation=True):
+  """A run of 30 steps: a slow line with the compilation, then 2 s and 4 s a step."""
+  workdir = folder / name
+  workdir.mkdir()
+  config = small.make_config(attention__method=method)
+  content = dict(hash=record.digest(config), config=record.as_json(config))
+  (workdir / "config.json").write_text(json.dumps(content))
+  starts = [dict(device="old", num_devices=1, commit="000"), dict(
+    device="cpu", num_devices=8, commit="abc123"
+  )]  # fmt: skip
+  (workdir / "environment.jsonl").write_text("".join(json.dumps(x) + "\n" for x in starts))
+  lines = [training_line(1, 60.0, 1.0), training_line(10, 2.0, 100.0)]
+  lines += [training_line(20, 4.0, 200.0), training_line(30, 4.0, 600.0)]
+  if validation:
+    lines += [validation_line(10, 4.0, 4.5), validation_line(30, 3.0, 3.25)]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (workdir / "metrics.jsonl").write_text(text)
+  for step, scale in ((9, 100.0), (30, 1.0)) if cells else ():
+    (workdir / "eval" / str(step)).mkdir(parents=True)
+    written = [
+      dataclasses.asdict(dataclasses.replace(cell, perplexity=scale * cell.perplexity))
+      for cell in cells
+    ]
+    (workdir / "eval" / str(step) / "perplexity.json").write_text(
+      json.dumps(dict(cells=written))
+    )
+  (workdir / "samples").mkdir()
+  (workdir / "samples" / "9.txt").write_text("old")
+  (workdir / "samples" / "30.txt").write_text("new")
+  return workdir
+
+
+def test_a_run_is_read_as_it_was_left(tmp_path):
+  run = report.read(make_workdir(tmp_path))
+  assert run.name == "a"
+  assert run.environment["commit"] == "abc123"
+  assert [line["step"] for line in run.training] == [1, 10, 20, 30]
+  assert [line["step"] for line in run.validation] == [10, 30]
+  # Of step 30, which is newer than step 9 though not in the order of letters.
+  assert run.cells == CELLS
+  assert run.sample == "new"
+  assert run.tokens_per_step == 8 * 64
+
+
+def test_time_is_that_of_training_without_compilation(tmp_path):
+  """1 step and 9 steps of 2 s, then 20 of 4 s."""
+  run = report.read(make_workdir(tmp_path))
+  minutes = run.minutes([{"step": 10}, {"step": 15}, {"step": 30}])
+  assert minutes.tolist() == pytest.approx([20 / 60, 40 / 60, 100 / 60])
+
+
+def test_the_summary_is_of_the_whole_run(tmp_path):
+  run = report.read(make_workdir(tmp_path))
+  summary = run.summary()
+  assert summary["method"] == "ssa"
+  assert summary["steps"] == 30
+  assert summary["tokens"] == 30 * 512
+  assert summary["minutes"] == pytest.approx(1.667)
+  assert summary["tokens_per_second"] == 200.0
+  assert summary["mfu"] == 0.3
+  assert summary["mfu_dense_equivalent"] is None
+  assert summary["memory_gib"] == 1.5
+  assert summary["validation"]["eval/gap"] == 0.25
+  assert summary["perplexity"] == [dataclasses.asdict(cell) for cell in CELLS]
+  assert summary["config_hash"] == record.digest(small.make_config())
+
+
+def test_a_report_has_a_table_a_summary_and_pictures(tmp_path):
+  runs = [make_workdir(tmp_path, "a"), make_workdir(tmp_path, "b", "moba")]
+  out = tmp_path / "results" / "x"
+  text = report.write([report.read(path) for path in runs], out)
+  assert sorted(path.name for path in out.iterdir()) == [
+    "budgets.png",
+    "curves.png",
+    "summary.json",
+    "table.md",
+  ]
+  for picture in ("budgets.png", "curves.png"):
+    content = (out / picture).read_bytes()
+    assert content.startswith(b"\x89PNG\r\n")
+    assert len(content) > 5000
+  summaries = json.loads((out / "summary.json").read_text())
+  assert [(run["name"], run["method"]) for run in summaries] == [("a", "ssa"), ("b", "moba")]
+  assert (out / "table.md").read_text() == text
+  lines = text.splitlines()
+  header = [cell.strip() for cell in lines[0].split("|")[1:-1]]
+  assert header[:5] == ["run", "method", "steps", "tokens", "minutes"]
+  assert header[5:] == ["tokens/s", "device", "commit"]
+  row = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+  assert row == ["a", "ssa", "30", "0.0M", "1.67", "200", "8 x cpu", "abc123"]
+  assert text.count("| web  | sparse    | 16     |") == 2
+
+
+def test_runs_without_validation_or_evaluation_are_reported_too(tmp_path):
+  """Beside one that has both."""
+  bare = make_workdir(tmp_path, "bare", cells=[], validation=False)
+  run = report.read(bare)
+  assert run.cells == run.validation == []
+  text = report.write([run, report.read(make_workdir(tmp_path))], tmp_path / "out")
+  assert text.count("| web ") == 2
+  assert run.summary()["validation"] is None
+  report.write([run, report.read(make_workdir(tmp_path, "c", cells=[]))], tmp_path / "more")
+  assert not (tmp_path / "more" / "budgets.png").exists()
+
+
+def test_pictures_show_the_numbers(tmp_path, monkeypatch):
+  """A run without validation or evaluation has no line, and no place in the legend."""
+  drawn = {}
+
+  def remember(figure, path, dpi):
+    del dpi
+    drawn[path.stem] = [
+      [
+        (
+          line.get_label(),
+          np.asarray(line.get_xdata()).tolist(),
+          np.asarray(line.get_ydata()).tolist(),
+        )
+        for line in axis.get_lines()
+        if not line.get_label().startswith("_")
+      ]
+      for axis in figure.axes
+    ]
+
+  monkeypatch.setattr(figure_module.Figure, "savefig", remember)
+  bare = make_workdir(tmp_path, "bare", cells=[], validation=False)
+  runs = [report.read(path) for path in (bare, make_workdir(tmp_path))]
+  report.write(runs, tmp_path / "out")
+  tokens, minutes = [0.00512, 0.01536], pytest.approx([20 / 60, 100 / 60])
+  losses = {"a, full inference": [4.0, 3.0], "a, sparse inference": [4.5, 3.25]}
+  assert drawn["curves"] == [
+    [(label, tokens, values) for label, values in losses.items()],
+    [(label, minutes, values) for label, values in losses.items()],
+    [("a", tokens, [0.5, 0.25])],
+    [("a", minutes, [0.5, 0.25])],
+  ]
+  assert drawn["budgets"] == [
+    [("a, sparse", [16], [12.182]), ("a, full", [0, 1], [7.389, 7.389])]
+  ]
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+  with pytest.raises(errors.DataError, match=r"elsewhere is not the workdir of a run: "):
+    report.read(tmp_path / "elsewhere")
+  workdir = make_workdir(tmp_path)
+  (workdir / "metrics.jsonl").write_text(json.dumps(validation_line(1, 2.0, 2.0)))
+  with pytest.raises(errors.DataError, match=r"metrics.jsonl has no training step\."):
+    report.read(workdir)
+
+
+def test_the_command_line(tmp_path, capsys):
+  workdir, out = make_workdir(tmp_path), tmp_path / "out"
+  assert report.main([str(workdir), f"--out={out}"]) == 0
+  said = capsys.readouterr()
+  assert said.out == f"{(out / 'table.md').read_text()}\nsaved in {out}\n"
+  assert report.main([str(tmp_path / "nowhere"), f"--out={out}"]) == 2
+  said = capsys.readouterr()
+  assert said.err.startswith(f"error: {tmp_path / 'nowhere'} is not the workdir of a run")
+  assert said.out == ""
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+  import_ = builtins.__import__
+
+  def without_matplotlib(name, *arguments):
+    if name == "matplotlib":
+      raise ImportError(name)
+    return import_(name, *arguments)
+
+  run = report.read(make_workdir(tmp_path))
+  monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+  with pytest.raises(errors.UserError, match=r"matplotlib; install sparsejax\[eval\]"):
+    report.write([run], tmp_path / "out")

@@ -1,0 +1,181 @@
+"""From a checkpoint to a table: what is loaded, what is refused, what is written."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from sparsejax import checkpoint, errors, sharding
+from sparsejax.configuration import build, overrides, record
+from sparsejax.evaluation import perplexity, table
+from sparsejax.evaluation import subject as subjects
+from sparsejax.training import state as states
+from tests import small
+
+CELLS = [
+  perplexity.Cell("web", "unigram", None, 3.0, None, 20.0855, None, None, None, None),
+  perplexity.Cell("web", "full", None, 2.0, 0.01, 7.38906, 0.0739, 0.98765, 0.4321, 12345),
+  perplexity.Cell("web", "sparse", 16, 2.5, math.nan, 12.1825, math.nan, 1.25, 0.4, 12345),
+]
+
+
+def make_config():
+  config = small.make_config(data__sources=("recall",), data__recall_pairs=2)
+  config.data.recall_queries = 2
+  return config
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A workdir with checkpoints of steps 1 and 5, and the state of the latter."""
+  workdir = tmp_path_factory.mktemp("runs") / "tiny"
+  config = make_config()
+  corpus = build.make_corpus(config, workdir / "data")
+  transformer = build.make_model(config, max_documents=corpus.max_documents)
+  optimizer, _ = build.make_optimizer(config)
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  state = states.init_state(transformer, optimizer, mesh, 0)
+  checkpoints = checkpoint.Checkpoints(
+    workdir / "checkpoints", keep_latest=9, keep_every=0, keep_best=0
+  )
+  for step in (1, 5):
+    state = state.replace(
+      step=state.step * 0 + step, params=jax.tree.map(lambda x: x * 1.5, state.params)
+    )
+    about = checkpoint.Record(
+      next_row=0,
+      corpus=corpus.fingerprint,
+      tokenizer=corpus.tokenizer.fingerprint,
+      config=record.as_json(config),
+    )
+    checkpoints.save(state, about, wait=True)
+  checkpoints.close()
+  return workdir, state
+
+
+def test_a_checkpoint_is_restored_from_its_own_config(saved):
+  workdir, state = saved
+  subject = subjects.load(workdir, base.get_config())
+  assert subject.step == 5
+  assert subject.path == workdir / "checkpoints" / "5"
+  assert overrides.flatten(subject.config) == overrides.flatten(make_config())
+  jax.tree.map(np.testing.assert_array_equal, subject.params, state.params)
+  assert subject.transformer.shape.hidden_size == 32
+  assert [source.name for source in subject.corpus.sources] == ["recall"]
+  assert dict(subject.mesh.shape) == dict(data=8, fsdp=1, tensor=1)
+
+
+def test_an_earlier_step_and_longer_rows_can_be_asked_for(saved):
+  workdir, state = saved
+  subject = subjects.load(workdir, base.get_config(), step=1, sequence_length=128)
+  assert subject.step == 1
+  newest, first = jax.tree.leaves(state.params)[0], jax.tree.leaves(subject.params)[0]
+  np.testing.assert_allclose(first * 1.5, newest, rtol=1e-6)
+  assert subject.corpus.sources[0].train[0].inputs.shape == (128,)
+
+
+@pytest.mark.parametrize(
+  ("changes", "kind", "message"),
+  [
+    (
+      dict(corpus="0ther"),
+      errors.CheckpointError,
+      r"have changed since training \(0ther, now .*\); name them with --sources",
+    ),
+    (
+      dict(tokenizer="0ther"),
+      errors.DataError,
+      r"was trained with tokenizer 0ther, the data have byte.*; prepare the text with",
+    ),
+  ],
+)
+def test_data_that_are_not_the_checkpoints_own_are_refused(
+  saved, monkeypatch, changes, kind, message
+):
+  workdir, _ = saved
+  about = checkpoint.read_record(workdir / "checkpoints" / "5")
+  about = dataclasses.replace(about, **changes)
+  monkeypatch.setattr(subjects.checkpoint, "read_record", lambda path: about)
+  with pytest.raises(kind, match=message):
+    subjects.load(workdir, base.get_config())
+  if "corpus" in changes:
+    # By name, they are taken as they are.
+    named = subjects.load(workdir, base.get_config(), sources=("recall",))
+    assert named.config.data.weights == ()
+
+
+def test_a_place_without_checkpoint_is_refused(tmp_path):
+  with pytest.raises(errors.CheckpointError, match=r"checkpoint"):
+    table.run(table.Request(path=tmp_path), base.get_config())
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(tasks=("perplexty",)), r"unknown task 'perplexty'\. Did you mean 'perplexity'\?"),
+    (dict(tasks=("perplexity", "z")), r"unknown task 'z'\. There are: perplexity\."),
+    (dict(modes=("sparce",)), r"unknown mode 'sparce'\. Did you mean 'sparse'\?"),
+  ],
+)
+def test_an_unknown_question_is_refused_before_anything_is_read(tmp_path, changes, message):
+  with pytest.raises(errors.ConfigError, match=message):
+    table.run(table.Request(path=tmp_path / "nowhere", **changes), base.get_config())
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """A task that answers at once; returns the options it was asked with."""
+  calls = []
+
+  def task(subject, **options):
+    calls.append(options)
+    return CELLS
+
+  monkeypatch.setitem(table.TASKS, "perplexity", task)
+  return calls
+
+
+def test_the_answer_is_written_with_all_that_it_depends_on(saved, asked):
+  workdir, _ = saved
+  request = table.Request(
+    path=workdir, modes=("sparse",), budgets=(8, 16), max_rows=7, batch_size=3
+  )
+  text, out = table.run(request, base.get_config())
+  assert asked == [dict(modes=("sparse",), budgets=(8, 16), max_rows=7, batch_size=3)]
+  assert out == workdir / "eval" / "5"
+  assert (out / "perplexity.md").read_text() == text == table.markdown(CELLS)
+  content = json.loads((out / "perplexity.json").read_text())
+  assert content["task"] == "perplexity"
+  assert content["run"] == "tiny"
+  assert content["step"] == 5
+  assert content["method"] == "ssa"
+  assert content["config"] == record.as_json(make_config())
+  assert content["config_hash"] == record.digest(make_config())
+  assert content["environment"]["num_devices"] == 8
+  assert [perplexity.Cell(**cell) for cell in content["cells"]][:2] == CELLS[:2]
+
+
+def test_the_answer_can_go_elsewhere(saved, asked, tmp_path):
+  workdir, _ = saved
+  _, out = table.run(table.Request(path=workdir, out=tmp_path / "x" / "y"), base.get_config())
+  assert out == tmp_path / "x" / "y"
+  assert (out / "perplexity.json").is_file()
+
+
+def test_the_table_reads_well_in_a_terminal():
+  assert table.markdown(CELLS) == (
+    "| data | inference | budget | perplexity    | bits/byte | loss            "
+    "| accuracy | tokens |\n"
+    "|------|-----------|--------|---------------|-----------|-----------------"
+    "|----------|--------|\n"
+    "| web  | unigram   | -      | 20.085        | -         | 3.0000          "
+    "| -        | -      |\n"
+    "| web  | full      | -      | 7.389 ± 0.074 | 0.9877    | 2.0000 ± 0.0100 "
+    "| 43.2%    | 12,345 |\n"
+    "| web  | sparse    | 16     | 12.182        | 1.2500    | 2.5000          "
+    "| 40.0%    | 12,345 |\n"
+  )
