@@ -6,7 +6,9 @@ checksum of every array. Orbax notices truncated files but not flipped bits, so 
 are computed on the devices when saving and compared after loading.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -90,13 +92,15 @@ class Checkpoints:
           keep_checkpoints_without_metrics=False,
         )
       )
-    self._checkpointer = ocp.training.Checkpointer(
+    self._open = functools.partial(
+      ocp.training.Checkpointer,
       self.directory,
       # The loop decides when to save.
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=policies.AnyPreservationPolicy(kept),
       cleanup_tmp_directories=True,
     )
+    self._checkpointer = self._open()
     self._pending = None
     self._failures = 0
 
@@ -143,7 +147,7 @@ class Checkpoints:
         metrics=None if validation_loss is None else {"validation_loss": validation_loss},
         custom_metadata=content,
       )
-    except OSError as error:
+    except Exception as error:  # from the disk itself, or wrapped by Orbax
       self._count_failure(error)
     self.poll(wait=wait)
 
@@ -227,6 +231,11 @@ class Checkpoints:
 
   def _count_failure(self, error: BaseException) -> None:
     self._failures += 1
+    # Orbax raises a failed save's error again at every later call, and has forgotten the
+    # steps that this one would have replaced.
+    with contextlib.suppress(Exception):
+      self._checkpointer.close()
+    self._checkpointer = self._open()
     message = f"saving to {self.directory} failed: {_cause(error)}"
     if self._failures >= _MAX_FAILED_SAVES:
       raise errors.CheckpointError(
@@ -307,14 +316,16 @@ def load_params(path: pathlib.Path, abstract_params) -> dict:
     CheckpointError: other shapes or names, or damaged files.
   """
   record_sums = _record_sums(path)
-  _check_structure(path, abstract_params, prefix=("params",))
   context = ocp.Context()
   context.pytree.loading.partial_load = True
   try:
+    _check_structure(path, abstract_params, prefix=("params",))
     with context:
       loaded = ocp.load_checkpointables(path, {_STATE: {"params": abstract_params}})
     params = loaded[_STATE]["params"]
     _check_sums(record_sums, {f"params/{k}": v for k, v in checksums(params).items()})
+  except errors.CheckpointError:
+    raise
   except Exception as error:  # unreadable in one of many ways
     raise errors.CheckpointError(f"{path} is damaged: {_cause(error)}") from error
   return params
@@ -371,6 +382,8 @@ def _record_sums(path: pathlib.Path) -> dict[str, int]:
 def _check_structure(path: pathlib.Path, abstract, prefix: tuple[str, ...] = ()) -> None:
   """Compares names, shapes and dtypes before any array is read: Orbax casts in silence."""
   saved = _describe(ocp.checkpointables_metadata(path).metadata[_STATE])
+  if not saved:  # all that Orbax says of a description or data file that it cannot read
+    raise ValueError("the description of its arrays cannot be read")
   wanted = {"/".join((*prefix, name)): what for name, what in _describe(abstract).items()}
   if prefix:
     saved = {name: what for name, what in saved.items() if name.startswith("/".join(prefix))}
