@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,14 @@ def save_all(path, steps, losses=(), **changes):
   return checkpoints
 
 
+def spoil_a_sum(path):
+  """As if a bit of the array had changed where Orbax does not look."""
+  file = path / "_CHECKPOINT_METADATA"
+  content = json.loads(file.read_text())
+  content["custom_metadata"]["checksums"]["params/w"] ^= 1
+  file.write_text(json.dumps(content))
+
+
 def assert_same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -113,7 +122,7 @@ def test_saving_does_not_wait_and_takes_a_copy(tmp_path):
 
 
 @reads_damaged_files
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "record", "empty"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "sums", "record", "empty"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
   save_all(tmp_path, [1, 2])
   newest = tmp_path / "2"
@@ -127,6 +136,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
       data.write_bytes(data.read_bytes()[:-40])
     case "remove":
       data.unlink()
+    case "sums":
+      spoil_a_sum(newest)
     case "record":
       (newest / "_CHECKPOINT_METADATA").write_text("{")
     case "empty":
@@ -220,13 +231,13 @@ def test_parameters_alone(tmp_path):
 
 @reads_damaged_files
 def test_damaged_parameters_are_refused(tmp_path):
-  save_all(tmp_path, [1])
+  save_all(tmp_path, [1, 2])
   data = max((tmp_path / "1" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
-  content = bytearray(data.read_bytes())
-  content[len(content) // 2] ^= 1
-  data.write_bytes(content)
-  with pytest.raises(errors.CheckpointError, match="is damaged"):
-    checkpoint.load_params(tmp_path / "1", make_abstract(make_state(0).params))
+  data.unlink()
+  spoil_a_sum(tmp_path / "2")
+  for step, reason in ((1, "cannot be read"), (2, "checksum of params/w differs")):
+    with pytest.raises(errors.CheckpointError, match=f"is damaged: .*{reason}"):
+      checkpoint.load_params(tmp_path / str(step), make_abstract(make_state(0).params))
 
 
 def test_another_schema_is_refused(tmp_path):
@@ -240,11 +251,12 @@ def test_another_schema_is_refused(tmp_path):
 
 
 def test_a_disk_too_small_is_refused_at_the_start(tmp_path):
-  huge = jax.ShapeDtypeStruct((2**45,), jnp.float32)
-  with pytest.raises(
-    errors.CheckpointError, match=r"4 checkpoints take .* GiB free. Make room"
-  ):
-    checkpoint.check_space(tmp_path, huge, 3)
+  """Room is needed for those kept and for one being written."""
+  free = shutil.disk_usage(tmp_path).free
+  big = jax.ShapeDtypeStruct((int(free / 3.5),), jnp.uint8)
+  checkpoint.check_space(tmp_path, big, 2)
+  with pytest.raises(errors.CheckpointError, match=r"4 checkpoints take .* free. Make room"):
+    checkpoint.check_space(tmp_path, big, 3)
 
 
 # Writes nothing beyond the limit, as a full disk would.
