@@ -2,12 +2,14 @@
 
 import codecs
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import gzip
 import io
 import json
 import os
 import pathlib
+import zlib
 
 from sparsejax import errors
 
@@ -116,12 +118,12 @@ def find_files(inputs: list[str], extensions: tuple[str, ...] = ()) -> list[str]
 def split_file(path: str) -> list[Part]:
   """The parts of a file that can be read independently."""
   size = os.path.getsize(path)
-  if path.endswith(".jsonl") and size > SPLIT_BYTES:
+  if _ends(path, ".jsonl") and size > SPLIT_BYTES:
     starts = range(0, size, SPLIT_BYTES)
     return [
       Part(path, at, min(at + SPLIT_BYTES, size), min(SPLIT_BYTES, size - at)) for at in starts
     ]
-  if path.endswith(".parquet"):
+  if _ends(path, ".parquet"):
     groups = _parquet(path).num_row_groups
     share = size // max(1, groups)
     return [Part(path, at, at + 1, share) for at in range(groups)]
@@ -136,11 +138,11 @@ def read(part: Part, options: Options, counts: Counts) -> Iterator[Iterator[str]
 
   Raises:
     DataError: text that is not UTF-8 under `fail`, or a line that is not JSON with the text
-      field, naming the file and line.
+      field, naming the file and line; a file that is damaged or ends too early.
   """
-  if part.path.endswith(".parquet"):
-    yield from _read_parquet(part, options)
-  elif part.path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+  if _ends(part.path, ".parquet"):
+    yield from _read_parquet(part, options, counts)
+  elif _ends(part.path, ".jsonl", ".jsonl.gz", ".jsonl.zst"):
     yield from _read_json_lines(part, options, counts)
   else:
     yield from _read_text(part, options, counts)
@@ -156,7 +158,11 @@ def _walk(folder: pathlib.Path, extensions: tuple[str, ...]) -> Iterator[pathlib
 
 
 def _is_known(path: pathlib.Path, extensions: tuple[str, ...]) -> bool:
-  return path.name.lower().endswith(extensions or (*TABLES, *TEXT))
+  return _ends(path.name, *(extensions or (*TABLES, *TEXT)))
+
+
+def _ends(path: str, *extensions: str) -> bool:
+  return path.lower().endswith(extensions)
 
 
 def _known_kinds() -> str:
@@ -166,7 +172,7 @@ def _known_kinds() -> str:
 def _read_text(part: Part, options: Options, counts: Counts) -> Iterator[Iterator[str]]:
   """One file as one document, or as many as its separators make of it."""
   if options.separator:
-    for text in _split_stream(_decode_file(part.path, options, counts), options.separator):
+    for text in _separate(part.path, options, counts):
       yield iter([text])
     return
   try:
@@ -179,14 +185,27 @@ def _read_text(part: Part, options: Options, counts: Counts) -> Iterator[Iterato
   yield _decode_file(part.path, options, counts)
 
 
-def _split_stream(pieces: Iterator[str], separator: str) -> Iterator[str]:
-  rest = ""
-  try:
-    for piece in pieces:
-      *complete, rest = (rest + piece).split(separator)
+def _separate(path: str, options: Options, counts: Counts) -> Iterator[str]:
+  """The documents of a text file, each decoded by itself: a broken one spares the others."""
+  separator = options.separator.encode("utf-8")
+  line = 1
+  for data in _split(path, separator):
+    try:
+      text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+      bad_line = line + data[: error.start].count(b"\n")
+      text = _mend(data, f"{path}:{bad_line}", options, counts)
+    line += data.count(b"\n") + separator.count(b"\n")
+    if text is not None:
+      yield text
+
+
+def _split(path: str, separator: bytes) -> Iterator[bytes]:
+  rest = b""
+  with _reading(path), open(path, "rb") as file:
+    while data := file.read(READ_BYTES):
+      *complete, rest = (rest + data).split(separator)
       yield from complete
-  except _BadUtf8Error:
-    return
   if rest.strip():
     yield rest
 
@@ -194,19 +213,16 @@ def _split_stream(pieces: Iterator[str], separator: str) -> Iterator[str]:
 def _decode_file(path: str, options: Options, counts: Counts) -> Iterator[str]:
   decoder = codecs.getincrementaldecoder("utf-8")("strict")
   num_lines = 1
-  was_replaced = False
-  with open(path, "rb") as file:
+  with _reading(path), open(path, "rb") as file:
     while True:
       data = file.read(READ_BYTES)
       try:
         piece = decoder.decode(data, final=not data)
       except UnicodeDecodeError as error:
-        if options.on_bad_utf8 != "replace":
-          line = num_lines + error.object[: error.start].count(b"\n")
-          _refuse_or_skip(f"{path}:{line}", options, counts)
-        if not was_replaced:
-          was_replaced = True
-          counts.bad_utf8 += 1
+        line = num_lines + error.object[: error.start].count(b"\n")
+        if _mend(error.object, f"{path}:{line}", options, counts) is None:
+          raise _BadUtf8Error from None
+        # From here on nothing fails, so the file counts once.
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         piece = decoder.decode(error.object, final=not data)
       num_lines += piece.count("\n")
@@ -216,14 +232,23 @@ def _decode_file(path: str, options: Options, counts: Counts) -> Iterator[str]:
         return
 
 
-def _refuse_or_skip(where: str, options: Options, counts: Counts) -> None:
+def _mend(data: bytes, where: str, options: Options, counts: Counts) -> str | None:
+  """What becomes of a document that is not UTF-8: None to skip it, or text with U+FFFD."""
   if options.on_bad_utf8 == "fail":
     raise errors.DataError(
       f"{where} is not UTF-8. Convert the file, or pass --on_bad_utf8=skip to leave "
       "such documents out (counted) or =replace to keep them with U+FFFD (counted)."
     )
   counts.bad_utf8 += 1
-  raise _BadUtf8Error
+  return data.decode("utf-8", errors="replace") if options.on_bad_utf8 == "replace" else None
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+  try:
+    yield
+  except (OSError, EOFError, zlib.error) as error:
+    raise errors.DataError(f"{path} cannot be read: {error}.") from error
 
 
 def _read_json_lines(part: Part, options: Options, counts: Counts) -> Iterator[Iterator[str]]:
@@ -236,25 +261,26 @@ def _read_json_lines(part: Part, options: Options, counts: Counts) -> Iterator[I
       text = _json_text(line.decode("utf-8"), where, options)
       text.encode("utf-8")
     except UnicodeError:
-      if options.on_bad_utf8 == "replace":
-        counts.bad_utf8 += 1
-        text = _json_text(line.decode("utf-8", errors="replace"), where, options)
-        text = text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
-      else:
-        try:
-          _refuse_or_skip(where, options, counts)
-        except _BadUtf8Error:
-          continue
+      mended = _mend(line, where, options, counts)
+      if mended is None:
+        continue
+      text = _json_text(mended, where, options)
+      text = text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
     yield _in_pieces(text)
 
 
 def _json_text(line: str, where: str, options: Options) -> str:
   try:
     record = json.loads(line)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise errors.DataError(f"{where} is not JSON: {error}.") from error
   if not isinstance(record, dict) or not isinstance(record.get(options.text_key), str):
-    has = f"it has {', '.join(sorted(record))}" if isinstance(record, dict) else "no object"
+    if not isinstance(record, dict):
+      has = "no object"
+    elif options.text_key in record:
+      has = f"it is {json.dumps(record[options.text_key])[:40]}"
+    else:
+      has = f"it has {', '.join(sorted(record))}"
     raise errors.DataError(
       f"{where} has no text field {options.text_key!r} ({has}); name it with --text_key."
     )
@@ -263,11 +289,11 @@ def _json_text(line: str, where: str, options: Options) -> str:
 
 def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
   """The lines that begin inside the part, each with its number (its offset in a range)."""
-  if part.stop is None or part.path.endswith((".gz", ".zst")):
-    with _open_binary(part.path) as file:
+  if part.stop is None:
+    with _reading(part.path), _open_binary(part.path) as file:
       yield from enumerate(file, start=1)
     return
-  with open(part.path, "rb") as file:
+  with _reading(part.path), open(part.path, "rb") as file:
     if part.start:
       # A line that begins before the range belongs to the part before this one.
       file.seek(part.start - 1)
@@ -279,17 +305,62 @@ def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
 
 
 def _open_binary(path: str) -> io.BufferedIOBase:
-  if path.endswith(".gz"):
+  if _ends(path, ".gz"):
     return gzip.open(path, "rb")
-  if path.endswith(".zst"):
+  if _ends(path, ".zst"):
+    return io.BufferedReader(_ZstdFile(path), READ_BYTES)
+  return open(path, "rb")
+
+
+class _ZstdFile(io.RawIOBase):
+  """The content of a .zst file; unlike zstandard's own reader it notices a missing end."""
+
+  def __init__(self, path: str):
     try:
       import zstandard
     except ImportError:
       raise errors.DataError(
         f"{path} needs the package zstandard; install sparsejax[data]."
       ) from None
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb")))
-  return open(path, "rb")
+    self._zstandard = zstandard
+    self._file = open(path, "rb")
+    self._frame = None
+    self._compressed = b""
+    self._content = b""
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    while not self._content:
+      # Little at a time, because it may unpack to very much.
+      self._compressed = self._compressed or self._file.read(2**14)
+      if not self._compressed:
+        if self._frame is not None:
+          raise EOFError("it ends in the middle of a Zstandard frame")
+        return 0
+      self._content = self._decompress()
+    taken = self._content[: len(buffer)]
+    buffer[: len(taken)] = taken
+    self._content = self._content[len(taken) :]
+    return len(taken)
+
+  def _decompress(self) -> bytes:
+    self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+    try:
+      content = self._frame.decompress(self._compressed)
+    except self._zstandard.ZstdError as error:
+      raise OSError(str(error)) from error
+    self._compressed = b""
+    # One file may be several frames, end to end.
+    if self._frame.eof:
+      self._compressed, self._frame = self._frame.unused_data, None
+    return content
+
+  def close(self) -> None:
+    if not self.closed:
+      self._file.close()
+    super().close()
 
 
 def _parquet(path: str):
@@ -305,12 +376,13 @@ def _parquet(path: str):
     raise errors.DataError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _read_parquet(part: Part, options: Options) -> Iterator[Iterator[str]]:
+def _read_parquet(part: Part, options: Options, counts: Counts) -> Iterator[Iterator[str]]:
   table = _parquet(part.path)
-  if options.text_key not in table.schema_arrow.names:
+  names = table.schema_arrow.names
+  if names.count(options.text_key) != 1:
     raise errors.DataError(
-      f"{part.path} has no column {options.text_key!r} (it has "
-      f"{', '.join(table.schema_arrow.names)}); name it with --text_key."
+      f"{part.path} has {names.count(options.text_key) or 'no'} columns {options.text_key!r} "
+      f"(it has {', '.join(names)}); name it with --text_key."
     )
   kind = table.schema_arrow.field(options.text_key).type
   if str(kind) not in ("string", "large_string", "string_view"):
@@ -319,9 +391,25 @@ def _read_parquet(part: Part, options: Options) -> Iterator[Iterator[str]]:
       "with --text_key."
     )
   groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
-  for batch in table.iter_batches(row_groups=list(groups), columns=[options.text_key]):
-    for value in batch.column(0):
-      yield _in_pieces(value.as_py() or "")
+  first_row = sum(table.metadata.row_group(group).num_rows for group in range(part.start))
+  for row, data in enumerate(_rows(part.path, table, groups, options.text_key), first_row):
+    try:
+      text = data.decode("utf-8")
+    except UnicodeDecodeError:
+      text = _mend(data, f"row {row} of {part.path}", options, counts)
+    if text is not None:
+      yield _in_pieces(text)
+
+
+def _rows(path: str, table, groups: range, column: str) -> Iterator[bytes]:
+  """The bytes of a column, which Parquet files do not always keep to UTF-8; null is empty."""
+  try:
+    for batch in table.iter_batches(row_groups=list(groups), columns=[column]):
+      for value in batch.column(0):
+        buffer = value.as_buffer()
+        yield b"" if buffer is None else buffer.to_pybytes()
+  except Exception as error:  # pyarrow raises a family of its own
+    raise errors.DataError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _in_pieces(text: str) -> Iterator[str]:

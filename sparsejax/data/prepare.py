@@ -92,8 +92,11 @@ def prepare(
   )
   is_done = _claim(out, units, settings)
   if is_done:
+    # All that an interrupt at the very end may have left.
+    shutil.rmtree(out / "units", ignore_errors=True)
     return shards.load(out)
 
+  (out / "units").mkdir(exist_ok=True)
   tokenizer = _make_tokenizer(out, units, settings)
   # uint16 halves the disk space of every vocabulary that fits.
   dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
@@ -138,22 +141,31 @@ def _claim(out: pathlib.Path, units, settings: Settings) -> bool:
   """
   description = dataclasses.asdict(settings)
   description["units"] = [[dataclasses.asdict(part) for part in unit] for unit in units]
-  stamps = [os.stat(part.path).st_mtime_ns for unit in units for part in unit]
+  read = [part.path for unit in units for part in unit]
+  if settings.tokenizer != tokenizers.BYTE:
+    named = pathlib.Path(settings.tokenizer)
+    read += [str(path) for path in (named, named / "tokenizer.json") if path.is_file()]
+  stamps = [os.stat(path).st_mtime_ns for path in read]
   description["key"] = hashlib.sha256(
     json.dumps([description, stamps], sort_keys=True).encode()
   ).hexdigest()
   begun = out / "prepare.json"
-  if begun.is_file():
-    if json.loads(begun.read_text())["key"] != description["key"]:
-      raise errors.DataError(
-        f"{out} was made from other text or settings (see {begun}); choose another --out, or "
-        "delete it."
-      )
-    return (out / shards.MANIFEST).is_file()
-  if out.exists() and any(out.iterdir()):
-    raise errors.DataError(f"{out} is not empty; choose another --out, or empty it.")
   try:
-    (out / "units").mkdir(parents=True, exist_ok=True)
+    if begun.is_file():
+      if json.loads(begun.read_text())["key"] == description["key"]:
+        return (out / shards.MANIFEST).is_file()
+      if (out / shards.MANIFEST).is_file() or any((out / "units").glob("[0-9]*.json")):
+        raise errors.DataError(
+          f"{out} was made from other text or settings (see {begun}); choose another --out, "
+          "or delete it."
+        )
+      # Nothing was finished, as when the settings were refused: they may be mended.
+      for pattern in ("tokenizer.json", "*.tmp", "*.array_record", "*.index.npy"):
+        for unfinished in out.glob(pattern):
+          unfinished.unlink()
+    elif out.exists() and any(path.name != "prepare.json.tmp" for path in out.iterdir()):
+      raise errors.DataError(f"{out} is not empty; choose another --out, or empty it.")
+    out.mkdir(parents=True, exist_ok=True)
     shards.write_atomically(begun, json.dumps(description, indent=2) + "\n")
   except OSError as error:
     raise errors.DataError(f"cannot write to {out}: {error.strerror}.") from error
@@ -174,7 +186,6 @@ def _make_tokenizer(out: pathlib.Path, units, settings: Settings) -> tokenizers.
       tokenizer = tokenizers.load(settings.tokenizer, bos=settings.bos, eos=settings.eos)
     # Under another name first: an interrupt must not leave half a tokenizer.
     unfinished = out / "units"
-    unfinished.mkdir(exist_ok=True)
     tokenizer.save(unfinished)
     os.replace(unfinished / "tokenizer.json", saved)
   return tokenizers.load(str(saved), bos=settings.bos, eos=settings.eos)
@@ -183,7 +194,7 @@ def _make_tokenizer(out: pathlib.Path, units, settings: Settings) -> tokenizers.
 def _sample(units, settings: Settings) -> Iterator[str]:
   """Text from all over the input, up to the sample's size."""
   # Every unit gives its share, so that no one source decides the vocabulary.
-  share = max(2**16, settings.tokenizer_sample_bytes // len(units))
+  share = max(2**16, settings.tokenizer_sample_bytes // max(1, len(units)))
   for unit in units:
     taken = 0
     for pieces in _documents(unit, settings, documents.Counts()):

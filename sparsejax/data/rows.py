@@ -84,6 +84,8 @@ class PackedRows:
 
   def _count_documents(self) -> int:
     opens_at = (self._end_R - self._records.tokens_R[self._record_R])[self._opens_R]
+    # The last token of the stream is a target only, and opens no row.
+    opens_at = opens_at[opens_at < self.num_tokens - 1]
     per_row = np.bincount(opens_at // self._length, minlength=len(self))
     # A row that does not open a document on its first token also holds the rest of one.
     begins_inside = np.ones(len(per_row), bool)

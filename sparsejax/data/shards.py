@@ -246,10 +246,8 @@ def load_tokenizer(directory: str | pathlib.Path, manifest: Manifest) -> tokeniz
     path = directory / "tokenizer.json"
     if not path.is_file():
       raise errors.DataError(f"{path} is missing; prepare the directory again.")
-    tokenizer = tokenizers.JsonTokenizer(
-      path.read_text(encoding="utf-8"),
-      bos=manifest.tokenizer["bos"],
-      eos=manifest.tokenizer["eos"],
+    tokenizer = tokenizers.load(
+      str(path), bos=manifest.tokenizer["bos"], eos=manifest.tokenizer["eos"]
     )
   if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
     raise errors.DataError(
@@ -310,7 +308,7 @@ def _load_index(directory: pathlib.Path, shard: Shard) -> np.ndarray:
   try:
     index = np.load(path, allow_pickle=False)
     is_sound = index.shape == (shard.records, 2) and index[:, 0].sum() == shard.tokens
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, EOFError) as error:
     raise errors.DataError(f"{path} is damaged ({error}); prepare again.") from error
   if not is_sound:
     raise errors.DataError(f"{path} does not fit its shard; prepare again.")

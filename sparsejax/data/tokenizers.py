@@ -96,9 +96,13 @@ class JsonTokenizer:
       raise errors.DataError(f"not a tokenizer.json: {error}") from error
     self._tokenizer.no_padding()
     self._tokenizer.no_truncation()
+    # A document that spells a special token, as text about tokenizers does, must not end there.
+    self._tokenizer.encode_special_tokens = True
     self._text = text
     # Ids may have holes, so the count of entries is not the size.
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+      raise errors.DataError("not a tokenizer.json: its vocabulary is empty.")
     self.vocab_size = max(vocabulary.values()) + 1
     self.bos = _special_token("bos", bos, _BOS_NAMES, vocabulary)
     self.eos = _special_token("eos", eos, _EOS_NAMES, vocabulary)
@@ -123,14 +127,16 @@ class JsonTokenizer:
     if not _is_byte_level(json.loads(self._text)):
       return None
     counts = np.zeros(self.vocab_size, np.int64)
-    special = self._tokenizer.get_added_tokens_decoder()
     for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
       # In a byte-level vocabulary one character stands for one byte.
-      counts[i] = 0 if i in special else len(token)
+      counts[i] = len(token)
+    for i, added in self._tokenizer.get_added_tokens_decoder().items():
+      # Added tokens are spelled as they are; those that are not special are text, too.
+      counts[i] = 0 if added.special else len(added.content.encode("utf-8"))
     return counts
 
   def save(self, directory: pathlib.Path) -> None:
-    (directory / "tokenizer.json").write_text(self._text)
+    (directory / "tokenizer.json").write_text(self._text, encoding="utf-8")
 
 
 def _special_token(role: str, name: str | None, usual, vocabulary) -> str | None:
@@ -165,7 +171,11 @@ def load(name: str, *, bos: str | None = None, eos: str | None = None) -> Tokeni
       f"{path} has {path.stat().st_size} bytes; a tokenizer.json has at most "
       f"{MAX_TOKENIZER_BYTES}."
     )
-  return JsonTokenizer(path.read_text(encoding="utf-8"), bos=bos, eos=eos)
+  try:
+    text = path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise errors.DataError(f"{path} is not UTF-8, so no tokenizer.json.") from error
+  return JsonTokenizer(text, bos=bos, eos=eos)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
