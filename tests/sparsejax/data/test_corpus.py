@@ -85,11 +85,10 @@ def test_worker_processes_do_not_change_the_order(prepared, in_order, num_worker
   assert_same(take(open_corpus(prepared), 30, num_workers=num_workers), in_order)
 
 
-def test_batches_of_workers_stay_as_they_were_read(prepared, in_order):
-  with open_corpus(prepared).batches(first_row=0, batch_size=4, num_workers=1) as batches:
-    kept = list(itertools.islice(batches, 30))
-  assert_same(kept, in_order)
-  kept[0].inputs[:] = 0  # owned memory, not a view of a worker's
+def test_batches_of_workers_own_their_memory(prepared):
+  # Workers send large arrays through shared memory, which is gone when the reading ends.
+  batches = take(open_corpus(prepared), 2, batch_size=512, num_workers=1)
+  assert all(field.flags.owndata for batch in batches for field in batch)
 
 
 @pytest.mark.parametrize("first_row", [4, 52])
@@ -128,6 +127,21 @@ def test_rows_are_shuffled(prepared):
 def test_the_seed_decides_the_order(prepared):
   orders = [rows_of(open_corpus(prepared, seed=seed), 0, 40) for seed in (1, 1, 2)]
   assert orders[0] == orders[1] != orders[2]
+
+
+def test_rows_of_one_long_document_are_shuffled_by_the_seed_too(write_prepared):
+  directory = str(write_prepared([list(range(1, 250))]))
+  orders = [rows_of(open_corpus([directory], seed=seed), 0, 31) for seed in (1, 1, 2)]
+  assert orders[0] == orders[1] != orders[2]
+
+
+def test_equal_sources_do_not_move_in_step(write_prepared):
+  tokens = np.arange(249) % 90
+  pair = [str(write_prepared([(tokens + start).tolist()])) for start in (1, 101)]
+  rows = open_corpus(pair).batch_at(0, 62).inputs
+  is_second = rows.max(axis=1) >= 101
+  assert is_second.sum() == 31
+  assert (rows[is_second] - 100).tolist() != rows[~is_second].tolist()
 
 
 def shares(opened, num_rows):
