@@ -14,6 +14,12 @@ WORKDIR ?= runs/smoke
 RUN := .venv/bin/python
 JOBS ?= 2
 
+# cpu-dev -> [dev], cuda13-dev -> [cuda13,dev], cpu -> nothing at all.
+comma := ,
+space := $(subst ,, )
+listed = $(subst $(space),$(comma),$(filter-out cpu,$(subst -, ,$(1))))
+extras = $(if $(call listed,$(1)),[$(call listed,$(1))])
+
 .PHONY: train test lint
 .DELETE_ON_ERROR:
 
@@ -38,5 +44,5 @@ lint: .venv/ready-$(EXTRA)-dev
 .venv/ready-%: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "installing for $* into .venv"
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e ".[$$(echo $* | sed 's/^cpu-*//; s/-/,/')]"
+	  -e ".$(call extras,$*)"
 	@touch $@
