@@ -25,7 +25,7 @@ extras = $(if $(call listed,$(1)),[$(call listed,$(1))])
 
 train: .venv/ready-$(EXTRA)
 	$(RUN) train.py --config=configs/smoke.py --workdir=$(WORKDIR)
-	$(RUN) eval.py --workdir=$(WORKDIR) --budgets=32,64,128
+	$(RUN) eval.py --workdir=$(WORKDIR) --budgets=32,64,128 --max_rows=512
 
 test: .venv/ready-$(EXTRA)-dev
 	$(RUN) -m pytest -n $(JOBS) --dist=loadfile

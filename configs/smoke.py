@@ -25,11 +25,11 @@ def get_config():
   c.data.update(sources=("stdlib",), sequence_length=256, batch_size=16)
   c.optimizer.update(peak_lr=3e-3, warmup_steps=20)
   c.train.update(
-    num_steps=240,
+    num_steps=180,
     accumulate_steps=1,
     log_every=20,
-    eval_every=120,
+    eval_every=90,
     eval_batches=8,
-    save_every=120,
+    save_every=90,
   )
   return c
