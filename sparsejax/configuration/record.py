@@ -122,28 +122,20 @@ def environment() -> dict[str, Any]:
 def commit() -> str:
   """The source's commit, `-dirty` if it was changed since.
 
-  Where there is no repository, the variable SPARSEJAX_COMMIT is believed.
+  The variable SPARSEJAX_COMMIT is believed before the repository: sources copied to another
+  machine may have none, or another one's.
   """
-  root = pathlib.Path(__file__).parents[2]
+  if "SPARSEJAX_COMMIT" in os.environ:
+    return os.environ["SPARSEJAX_COMMIT"]
+  root = str(pathlib.Path(__file__).parents[2])
+  describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
   try:
     found = subprocess.run(
-      [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-      ],
-      capture_output=True,
-      text=True,
-      check=True,
+      ["git", "-C", root, *describe], capture_output=True, text=True, check=True
     )
-    return found.stdout.strip()
   except (OSError, subprocess.CalledProcessError):
-    return os.environ.get("SPARSEJAX_COMMIT", "unknown")
+    return "unknown"
+  return found.stdout.strip()
 
 
 def write(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

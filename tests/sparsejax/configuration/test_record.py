@@ -192,9 +192,11 @@ def test_a_run_writes_its_config_once_and_its_environment_at_every_start(tmp_pat
   assert start["commit"]
 
 
-def test_the_commit_may_be_told_where_there_is_no_repository(monkeypatch):
-  monkeypatch.setenv("PATH", "")
+def test_the_commit_may_be_told(monkeypatch):
+  """With a repository or without: a copy's repository need not be the source's."""
   monkeypatch.setenv("SPARSEJAX_COMMIT", "abc")
+  assert record.commit() == "abc"
+  monkeypatch.setenv("PATH", "")
   assert record.commit() == "abc"
   monkeypatch.delenv("SPARSEJAX_COMMIT")
   assert record.commit() == "unknown"
