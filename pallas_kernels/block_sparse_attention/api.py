@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_sparse_attention import problem as problems
 from pallas_kernels.block_sparse_attention import reference, xla
 
 type Implementation = Literal["reference", "xla"]
@@ -24,41 +25,53 @@ def block_sparse_attention(
   blocks_BTKM: Int[Array, "B T K M"],
   *,
   block_size: int,
-  segments_BT: Int[Array, "B T"] | None = None,
+  query_offset: int | Int[Array, ""] = 0,
+  segments_BS: Int[Array, "B S"] | None = None,
+  key_bias_BSK: Float[Array, "B S K"] | None = None,
   scale: float | None = None,
   implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
   """Returns `(out, lse)`: causal attention restricted to the listed blocks.
 
-  A query at position `t` sees key `s` iff `s <= t`, `s // block_size` is one of
-  `blocks[:, t]`, and both have the same segment. A query that sees no key gets `out = 0`
-  and `lse = -inf`. Lists need not be sorted; a repeated block counts once; a block beyond
-  the keys is as good as -1.
+  Query `t` is at position `p = t + query_offset`. It sees key `s` iff `s <= p`,
+  `s // block_size` is one of `blocks[:, t]`, and positions `p` and `s` have the same
+  segment. A query that sees no key gets `out = 0` and `lse = -inf`. Lists need not be
+  sorted; a repeated block counts once; a block beyond the keys is as good as -1.
 
   `lse` is the natural logarithm of the sum of the exponentiated scores, float32. It is
   always returned, so no flag changes the type of the result. Both outputs carry gradients
-  to q, k and v; the lists carry none.
+  to q, k, v and the bias; the lists carry none.
 
   Args:
     q_BTHD, k_BSKD, v_BSKD: queries, keys and values of one dtype.
     blocks_BTKM: the lists.
     block_size: keys per block; the last block may be cut short by S.
-    segments_BT: document of each position; positions of different documents do not see
-      each other. None is one document. Needs S = T.
+    query_offset: position of the first query, when queries come in chunks.
+    segments_BS: document of each position, in runs; positions of different documents do not
+      see each other. None is one document.
+    key_bias_BSK: added to the scores of each key, after scaling (NOSA's importance,
+      arXiv:2510.13602); None is 0.
     scale: factor on the scores; None is D ** -0.5.
     implementation: None is the fastest one this device supports.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit together.
+    ValueError: shapes or dtypes that do not fit together, or queries beyond the keys.
     KeyError: no such implementation.
   """
-  _check(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, block_size)
+  _check(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, query_offset, segments_BS, block_size)
+  problem = problems.Problem(
+    q_BTHD,
+    k_BSKD,
+    v_BSKD,
+    jax.lax.stop_gradient(blocks_BTKM),
+    jnp.asarray(query_offset, jnp.int32),
+    segments_BS,
+    key_bias_BSK,
+  )
+  known_offset = query_offset if isinstance(query_offset, int) else None
   scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
   run = _IMPLEMENTATIONS[implementation or "xla"]
-  blocks_BTKM = jax.lax.stop_gradient(blocks_BTKM)
-  return run(
-    q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, block_size=block_size, scale=scale
-  )
+  return run(problem, known_offset, block_size, scale)
 
 
 _IMPLEMENTATIONS = {
@@ -67,7 +80,7 @@ _IMPLEMENTATIONS = {
 }
 
 
-def _check(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, block_size):
+def _check(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, query_offset, segments_BS, block_size):
   (b, t, h, d), (_, s, k, _) = q_BTHD.shape, k_BSKD.shape
   if k_BSKD.shape != (b, s, k, d) or v_BSKD.shape != (b, s, k, d):
     raise ValueError(f"k and v must be {(b, s, k, d)}, got {k_BSKD.shape} and {v_BSKD.shape}")
@@ -83,5 +96,11 @@ def _check(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, block_size):
     raise ValueError(f"blocks must be {(b, t, k)} + (M,), got {blocks_BTKM.shape}")
   if not jnp.issubdtype(blocks_BTKM.dtype, jnp.integer):
     raise ValueError(f"blocks must be integers, got {blocks_BTKM.dtype}")
-  if segments_BT is not None and (segments_BT.shape != (b, t) or s != t):
-    raise ValueError(f"segments must be {(b, t)} with S = T, got {segments_BT.shape}, S = {s}")
+  last = t + query_offset if isinstance(query_offset, int) else t
+  if last > s or (isinstance(query_offset, int) and query_offset < 0):
+    raise ValueError(
+      f"{t} queries from {query_offset=} on do not lie within {s} keys; a query is at the "
+      "position of a key"
+    )
+  if segments_BS is not None and segments_BS.shape != (b, s):
+    raise ValueError(f"segments must be {(b, s)}, got {segments_BS.shape}")

@@ -23,14 +23,14 @@ def weigh(equation, exponentials, total_BKGC, values):
   return (out_BCKGD / total_BKGC.transpose(0, 3, 1, 2)[..., None]).astype(values.dtype)
 
 
-def softmax_gradient(weights, dweights, dlse, scale):
-  """Gradient of the unscaled scores: p (dp - sum(p dp) + dlse).
+def softmax_gradient(weights, dweights, dlse):
+  """Gradient of the scores: p (dp - sum(p dp) + dlse).
 
   The sum is taken from the float32 weights. The usual sum(dout out), from an output that
   was rounded to bfloat16, is twice as far off.
   """
   delta = (weights * dweights).sum(-1) - dlse
-  return scale * weights * (dweights - delta[..., None])
+  return weights * (dweights - delta[..., None])
 
 
 def finite(x):
@@ -54,3 +54,8 @@ def heads_first(x_BTH, num_kv_heads):
 
 def einsum_f32(equation, *operands):
   return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def at_positions(x_BS, position_C):
+  """The columns of `x` at positions, which may be beyond the end where a stripe is padded."""
+  return x_BS[:, jnp.minimum(position_C, x_BS.shape[1] - 1)]

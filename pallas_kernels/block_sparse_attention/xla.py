@@ -11,6 +11,7 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.block_sparse_attention import problem as problems
 from pallas_kernels.block_sparse_attention import xla_gathered, xla_masked
 
 # A query must read less than one key in so many before gathering beats masking: a gathered
@@ -20,41 +21,39 @@ MASKED_UP_TO = 16
 RESIDUAL_NAME = "attention_residual"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("block_size", "scale"))
-def block_sparse_attention(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, block_size, scale):
-  return _forward(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, block_size, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnames=("known_offset", "block_size", "scale"))
+def block_sparse_attention(
+  problem: problems.Problem, known_offset: int | None, block_size: int, scale: float
+):
+  return _forward(problem, known_offset, block_size, scale)[0]
 
 
-def _forward(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT, block_size, scale):
-  problem = (q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BT)
-  way = _choose(problem, block_size)
-  out_BTHD, lse_BTH = way.forward(*problem, block_size=block_size, scale=scale)
+def _forward(problem, known_offset, block_size, scale):
+  out_BTHD, lse_BTH = _way(problem, block_size).forward(
+    problem, known_offset=known_offset, block_size=block_size, scale=scale
+  )
   out_BTHD = checkpoint_name(out_BTHD, RESIDUAL_NAME)
   lse_BTH = checkpoint_name(lse_BTH, RESIDUAL_NAME)
-  return (out_BTHD, lse_BTH), (*problem, lse_BTH)
+  return (out_BTHD, lse_BTH), (problem, lse_BTH)
 
 
-def _backward(block_size, scale, residuals, cotangents):
-  *problem, lse_BTH = residuals
-  dout_BTHD, dlse_BTH = cotangents
-  way = _choose(problem, block_size)
-  dq, dk, dv = way.backward(
-    *problem, dout_BTHD, lse_BTH, dlse_BTH, block_size=block_size, scale=scale
+def _backward(known_offset, block_size, scale, residuals, cotangents):
+  problem, lse_BTH = residuals
+  gradients = _way(problem, block_size).backward(
+    problem,
+    lse_BTH,
+    *cotangents,
+    known_offset=known_offset,
+    block_size=block_size,
+    scale=scale,
   )
-  q_BTHD, k_BSKD, v_BSKD, *_ = problem
-  return (
-    dq.astype(q_BTHD.dtype),
-    dk.astype(k_BSKD.dtype),
-    dv.astype(v_BSKD.dtype),
-    None,
-    None,
-  )
+  return (problems.cotangent(problem, *gradients),)
 
 
 block_sparse_attention.defvjp(_forward, _backward)
 
 
-def _choose(problem, block_size):
-  _, k_BSKD, _, blocks_BTKM, _ = problem
-  is_dense_enough = k_BSKD.shape[1] <= MASKED_UP_TO * blocks_BTKM.shape[-1] * block_size
+def _way(problem, block_size):
+  num_read = problem.blocks_BTKM.shape[-1] * block_size
+  is_dense_enough = problem.k_BSKD.shape[1] <= MASKED_UP_TO * num_read
   return xla_masked if is_dense_enough else xla_gathered

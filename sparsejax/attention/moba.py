@@ -54,7 +54,7 @@ class Moba(nn.Module):
         v_BTKD,
         blocks_BTKM,
         block_size=options.block_size,
-        segments_BT=segments_BT,
+        segments_BS=segments_BT,
         implementation=implementation,
       )
       return out_BTHD

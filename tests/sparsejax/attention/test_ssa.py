@@ -137,7 +137,7 @@ def test_theorem_1():
   h_full = full.full_attention(q, k, v, segments, max_documents=4)
   blocks = pallas_kernels.select_blocks(q, k, block_size=8, num_blocks=3, segments_BT=segments)
   h_sparse, _ = pallas_kernels.block_sparse_attention(
-    q, k, v, blocks, block_size=8, segments_BT=segments
+    q, k, v, blocks, block_size=8, segments_BS=segments
   )
 
   # Full attention weights and dropped keys, written out in float64.
