@@ -1,0 +1,210 @@
+"""Which units read a tile of keys: the lists turned round, for the gradients of keys.
+
+A tile's units are dealt into *windows* of 32. A kernel walks through windows with one warp
+per piece of 16 keys, and holds one window at a time; a warp has work where a unit reads its
+piece. In the order of time, the queries that read a piece come in long runs, and most warps
+would wait for one. Dealt out one by one over all windows of the tile, every window holds
+about the same share of every piece's queries.
+
+The windows of all tiles, end to end, are cut into as many parts of equal cost as there are
+workers. A tile may be shared by several workers: each leaves its sum in a slot of its own,
+`tile + worker`, which no other pair has, as either number only grows along the way.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.block_lists import units
+
+WINDOW = 32
+PIECE = 16
+# This bit of `pieces` marks units that may not see every key of the tile.
+EDGE = 1 << 30
+# Costs in units of one product of a warp: a window with nothing to do, a change of tiles.
+_WINDOW_COST = 1.0
+_TILE_COST = 4.0
+
+
+class KeyTiles(NamedTuple):
+  """The units of every tile of `keys_per_tile` keys.
+
+  Attributes:
+    units_W: numbers of units, 32 for each window; 0 where a window has room left.
+    pieces_W: bit p says whether the unit reads the p-th piece of the tile, and `EDGE`.
+    tokens_WP: bit i says whether the unit's i-th token reads the p-th piece; None where
+      units are single tokens.
+    first_window_X: the first window of every tile, and at last their number. X = R * tiles
+      of a row, + 1.
+    bounds_W: the first window of every worker, and at last their number.
+    first_tile_W: the tile that a worker begins in.
+    first_worker_X, last_worker_X: workers that share a tile; where it has no window, the
+      last is before the first.
+  """
+
+  units_W: jax.Array
+  pieces_W: jax.Array
+  tokens_WP: jax.Array | None
+  first_window_X: jax.Array
+  bounds_W: jax.Array
+  first_tile_W: jax.Array
+  first_worker_X: jax.Array
+  last_worker_X: jax.Array
+
+
+def key_tiles(
+  lists: units.UnitLists,
+  *,
+  block_size: int,
+  num_blocks: int,
+  keys_per_tile: int,
+  num_workers: int,
+  has_tokens: bool,
+) -> KeyTiles:
+  """Turns the lists round.
+
+  Args:
+    lists: of the units.
+    block_size: keys per block, a multiple of 16 that divides `keys_per_tile`.
+    num_blocks: N.
+    keys_per_tile: a multiple of 16, for at most 30 pieces.
+    num_workers: that share the work.
+    has_tokens: whether units hold several tokens.
+
+  Raises:
+    ValueError: more pairs of tiles and units than 32 bits can number.
+  """
+  r, u, e = lists.blocks_RUE.shape
+  per_row = -(-num_blocks * block_size // keys_per_tile)
+  num_tiles = r * per_row
+  if num_tiles * u >= 2**31:
+    raise ValueError(
+      f"{num_tiles} tiles of {keys_per_tile} keys times {u} units are too many to number "
+      "with 32 bits; use a smaller batch or larger blocks"
+    )
+  pairs = _pairs(lists, block_size, keys_per_tile, per_row)
+  order_P = jnp.argsort(pairs.number_P)
+  number_P = pairs.number_P[order_P]
+  tile_P, unit_P = number_P // u, number_P % u
+
+  # Elements of each tile, and its windows.
+  edges_X = jnp.searchsorted(number_P, jnp.arange(num_tiles + 1, dtype=jnp.int32) * u)
+  count_X = jnp.diff(edges_X).astype(jnp.int32)
+  windows_X = -(-count_X // WINDOW)
+  first_window_X = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(windows_X)])
+  # The worst case: no two blocks of a unit share a tile, and no tile fills its last window.
+  most = -(-r * u * min(e, per_row) // WINDOW) + num_tiles
+
+  # Element i of a tile with w windows goes to window i % w.
+  is_pair_P = tile_P < num_tiles
+  tile_P = jnp.minimum(tile_P, num_tiles - 1)
+  i_P = jnp.arange(len(tile_P), dtype=jnp.int32) - edges_X[tile_P].astype(jnp.int32)
+  w_P = jnp.maximum(windows_X[tile_P], 1)
+  place_P = (first_window_X[tile_P] + i_P % w_P) * WINDOW + i_P // w_P
+  place_P = jnp.where(is_pair_P, place_P, most * WINDOW)
+
+  def deal(values_P):
+    empty = jnp.zeros((most * WINDOW, *values_P.shape[1:]), jnp.int32)
+    return empty.at[place_P].set(values_P, mode="drop", unique_indices=True)
+
+  cost_X = _cost(lists, windows_X, block_size, keys_per_tile, per_row)
+  bounds_W = _bounds(cost_X, windows_X, first_window_X, num_workers)
+  starts_X = first_window_X[:-1]
+  return KeyTiles(
+    units_W=deal(unit_P),
+    pieces_W=deal(pairs.pieces_P[order_P]),
+    tokens_WP=deal(pairs.tokens_PP[order_P]) if has_tokens else None,
+    first_window_X=first_window_X,
+    bounds_W=bounds_W,
+    first_tile_W=_place(first_window_X, bounds_W[:-1], num_tiles),
+    first_worker_X=_place(bounds_W, starts_X, num_workers),
+    last_worker_X=jnp.where(
+      windows_X > 0, _place(bounds_W, first_window_X[1:] - 1, num_workers), -1
+    ),
+  )
+
+
+class _Pairs(NamedTuple):
+  """Every tile that a unit reads, one by one, in no order; P pairs.
+
+  `number_P` is `tile * U + unit`, or the largest number where there is no pair.
+  """
+
+  number_P: jax.Array
+  pieces_P: jax.Array
+  tokens_PP: jax.Array
+
+
+def _pairs(lists, block_size, keys_per_tile, per_row) -> _Pairs:
+  blocks_RUE, tokens_RUE, first_BU, last_BU = lists
+  r, u, e = blocks_RUE.shape
+  begins_RUE = blocks_RUE * block_size
+  is_block_RUE = blocks_RUE < units.NONE
+  tile_RUE = jnp.where(is_block_RUE, begins_RUE // keys_per_tile, per_row)
+  # Lists ascend, so the blocks of one tile follow each other; the first speaks for all.
+  is_first_RUE = jnp.diff(tile_RUE, axis=-1, prepend=-1) != 0
+  is_same_RUEE = tile_RUE[..., :, None] == tile_RUE[..., None, :]
+
+  piece_RUE = (begins_RUE % keys_per_tile) // PIECE
+  bits_RUE = jnp.left_shift((1 << block_size // PIECE) - 1, piece_RUE)
+  pieces_RUE = jnp.where(is_same_RUEE, bits_RUE[:, :, None], 0).sum(-1)
+  row_heads = r // first_BU.shape[0]
+  first_RU1, last_RU1 = (
+    jnp.repeat(x, row_heads, axis=0)[..., None] for x in (first_BU, last_BU)
+  )
+  begin_RUE = tile_RUE * keys_per_tile
+  is_edge_RUE = (first_RU1 > begin_RUE) | (last_RU1 < begin_RUE + keys_per_tile - 1)
+  pieces_RUE |= jnp.where(is_edge_RUE, EDGE, 0)
+
+  number_P = jnp.arange(keys_per_tile // PIECE)
+  has_piece_RUEP = jnp.right_shift(bits_RUE[..., None], number_P[None, None, None]) & 1
+  tokens_RUEP = jnp.where(
+    is_same_RUEE[..., None] & (has_piece_RUEP == 1)[:, :, None],
+    tokens_RUE[:, :, None, :, None],
+    0,
+  ).sum(-2)
+
+  row_R = jnp.arange(r, dtype=jnp.int32)[:, None, None]
+  unit_U = jnp.arange(u, dtype=jnp.int32)[None, :, None]
+  number_RUE = (row_R * per_row + tile_RUE) * u + unit_U
+  number_RUE = jnp.where(is_first_RUE & is_block_RUE, number_RUE, 2**31 - 1)
+  return _Pairs(
+    number_RUE.reshape(-1).astype(jnp.int32),
+    pieces_RUE.reshape(-1).astype(jnp.int32),
+    tokens_RUEP.reshape(r * u * e, -1).astype(jnp.int32),
+  )
+
+
+def _cost(lists, windows_X, block_size, keys_per_tile, per_row):
+  """What a window of each tile costs: the most products that any of its warps has."""
+  blocks_RUE = lists.blocks_RUE
+  r = blocks_RUE.shape[0]
+  per_tile = keys_per_tile // block_size
+  row_R = jnp.arange(r, dtype=jnp.int32)[:, None, None]
+  index_RUE = jnp.where(
+    blocks_RUE < units.NONE, row_R * per_row * per_tile + blocks_RUE, r * per_row * per_tile
+  )
+  reads = jnp.zeros(r * per_row * per_tile, jnp.int32).at[index_RUE].add(1, mode="drop")
+  most_X = reads.reshape(r * per_row, per_tile).max(-1)
+  return jnp.maximum(most_X / jnp.maximum(windows_X, 1), _WINDOW_COST)
+
+
+def _bounds(cost_X, windows_X, first_window_X, num_workers: int):
+  """Windows at which workers begin, so that all of them cost about the same."""
+  total_X = jnp.where(windows_X > 0, cost_X * windows_X + _TILE_COST, 0.0)
+  before_X = jnp.concatenate([jnp.zeros(1), jnp.cumsum(total_X)])
+  share_W = before_X[-1] * jnp.arange(1, num_workers) / num_workers
+  tile_W = _place(before_X, share_W, len(windows_X))
+  within_W = ((share_W - before_X[tile_W]) / cost_X[tile_W]).astype(jnp.int32)
+  within_W = jnp.clip(within_W, 0, windows_X[tile_W])
+  inner_W = first_window_X[tile_W] + within_W
+  # Rounding must not send a bound back before the one it follows.
+  inner_W = jax.lax.cummax(inner_W.astype(jnp.int32))
+  return jnp.concatenate([jnp.zeros(1, jnp.int32), inner_W, first_window_X[-1:]])
+
+
+def _place(edges, values, num_places: int):
+  """The last of the intervals that begin at `edges` in which each value lies."""
+  found = jnp.searchsorted(edges, values, side="right") - 1
+  return jnp.clip(found, 0, num_places - 1).astype(jnp.int32)

@@ -1,0 +1,78 @@
+"""What a tile of units reads, and where each unit finds its own blocks in that."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.block_lists import units
+
+# An entry is a block's number above so many bits, and its place in the tile's union below.
+PLACE_BITS = 16
+# Larger than any entry: ends the list of a unit.
+END = 2**31 - 1
+# Entries are read in groups, the last of which may reach beyond the list.
+GROUP = 4
+# Kernels fetch the union so many numbers at a time.
+CHUNK = 32
+
+
+class QueryTiles(NamedTuple):
+  """The blocks of every tile of `units_per_tile` units.
+
+  Attributes:
+    union_RXC: numbers of the blocks that any unit of a tile reads, ascending; after the
+      last one, it is repeated. X tiles, C a multiple of `CHUNK`.
+    count_RX: how many blocks that are.
+    entries_RUE: `block << PLACE_BITS | place in the union` of every block of a unit,
+      ascending, then `END`. U and E are padded.
+    tokens_RUE: bit i says whether the unit's i-th token lists the block.
+  """
+
+  union_RXC: jax.Array
+  count_RX: jax.Array
+  entries_RUE: jax.Array
+  tokens_RUE: jax.Array
+
+
+def query_tiles(lists: units.UnitLists, *, units_per_tile: int, num_blocks: int) -> QueryTiles:
+  """Joins the lists of every tile.
+
+  Raises:
+    ValueError: more blocks than an entry can number.
+  """
+  if num_blocks >= 2 ** (31 - PLACE_BITS):
+    raise ValueError(
+      f"{num_blocks} key blocks are more than {2 ** (31 - PLACE_BITS) - 1}; use larger blocks"
+    )
+  r, u, e = lists.blocks_RUE.shape
+  num_tiles = -(-u // units_per_tile)
+  rows = [(0, 0), (0, num_tiles * units_per_tile - u), (0, 0)]
+  blocks_RUE = jnp.pad(lists.blocks_RUE, rows, constant_values=units.NONE)
+  tokens_RUE = jnp.pad(lists.tokens_RUE, rows)
+
+  listed_RXL = blocks_RUE.reshape(r, num_tiles, units_per_tile * e)
+  # The worst case: every block there is, or no two units agree on any.
+  length = min(num_blocks, units_per_tile * e)
+  union_RXC = units.sorted_without_repeats(listed_RXL)[..., :length]
+  union_RXC = jnp.pad(
+    union_RXC, [(0, 0), (0, 0), (0, -length % CHUNK)], constant_values=units.NONE
+  )
+  count_RX = (union_RXC < units.NONE).sum(-1).astype(jnp.int32)
+
+  place_RXL = (union_RXC[:, :, None] < listed_RXL[..., None]).sum(-1).astype(jnp.int32)
+  place_RUE = place_RXL.reshape(blocks_RUE.shape)
+  entries_RUE = jnp.left_shift(blocks_RUE, PLACE_BITS) | place_RUE
+  entries_RUE = jnp.where(blocks_RUE < units.NONE, entries_RUE, END)
+  # Rows of a multiple of 32 bytes, with room for a group after the last entry.
+  slots = [(0, 0), (0, 0), (0, -(e + GROUP) % 8 + GROUP)]
+
+  last_RX1 = jnp.maximum(count_RX - 1, 0)[..., None]
+  last_RX1 = jnp.take_along_axis(union_RXC, last_RX1, axis=-1)
+  last_RX1 = jnp.where(count_RX[..., None] > 0, last_RX1, 0)
+  return QueryTiles(
+    union_RXC=jnp.where(union_RXC < units.NONE, union_RXC, last_RX1),
+    count_RX=count_RX,
+    entries_RUE=jnp.pad(entries_RUE, slots, constant_values=END),
+    tokens_RUE=jnp.pad(tokens_RUE, slots),
+  )
