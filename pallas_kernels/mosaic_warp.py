@@ -22,25 +22,11 @@ import dataclasses
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
-import numpy as np
 
-PIECE = 16
-LAYOUT = plgpu.Layout.WGMMA
-# How arrays that take part in products lie in shared memory: tiles of 8 x 64 bfloat16, the
-# 16-byte chunks of a row permuted so that no two rows of a tile share a bank.
-TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
-_TILED = plgpu.RefType(TRANSFORMS)
-_PLAIN = plgpu.RefType()
-_SCALAR = plgpu.Layout.WG_SPLAT
-_TILE_BYTES = 8 * 64 * 2
+from pallas_kernels import mosaic_inline as inline
+from pallas_kernels.mosaic_inline import LAYOUT, PIECE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +71,7 @@ class Warps:
 
   def load_rows(self, ref) -> jax.Array:
     """bfloat16 [rows, D] of a tiled shared-memory array, as left operand of products."""
-    return ref[...] if self.interpreted else _load_rows(ref)
+    return ref[...] if self.interpreted else inline.load_rows(ref)
 
   # Products.
 
@@ -98,7 +84,7 @@ class Warps:
       pieces: their numbers, below n.
     """
     if not self.interpreted:
-      return _products(rows, ref, pieces)
+      return inline.products(rows, ref, pieces)
     keys = [_read_piece(ref, piece) for piece in pieces]
     return jnp.concatenate([_dot(rows, key.T) for key in keys], axis=1)
 
@@ -112,7 +98,7 @@ class Warps:
       pieces: their numbers, below n.
     """
     if not self.interpreted:
-      return _add_products(total, weights, ref, pieces)
+      return inline.add_products(total, weights, ref, pieces)
     for number, piece in enumerate(pieces):
       part = weights[:, PIECE * number : PIECE * (number + 1)]
       total = total + _dot(part, _read_piece(ref, piece))
@@ -126,7 +112,7 @@ class Warps:
       places: `(row, start)`, each naming `ref[row, start : start + 16]`.
     """
     if not self.interpreted:
-      return _columns(ref, places)
+      return inline.columns(ref, places)
     parts = [ref[row, pl.ds(start, PIECE)] for row, start in places]
     return jnp.broadcast_to(jnp.concatenate(parts)[None], (PIECE, PIECE * len(parts)))
 
@@ -134,22 +120,26 @@ class Warps:
 
   def index(self) -> jax.Array:
     """The number of the warp in its thread."""
-    return jnp.int32(0) if self.interpreted else _warp_index()
+    return jnp.int32(0) if self.interpreted else inline.warp_index()
 
   def words(self, ref, start, num_words: int) -> list[jax.Array]:
-    """`ref[warp, start : start + num_words]` of an int32 shared-memory array."""
+    """The words from `start` on of each warp's row of an int32 shared-memory array.
+
+    A vector counts as rows of 16.
+    """
     if self.interpreted:
-      return [ref[0, start + i] for i in range(num_words)]
-    return _words(ref, start, num_words)
+      row = (0,) if len(ref.shape) == 2 else ()
+      return [ref[*row, start + i] for i in range(num_words)]
+    return inline.words(ref, start, num_words)
 
   def ballot(self, ref, start, bit) -> jax.Array:
-    """An int32 whose bit i is bit `bit + warp` of `ref[start + i]`, an int32 GMEM vector."""
+    """An int32 whose bit i is bit `bit` of `ref[start + i]`, an int32 GMEM vector."""
     if not self.interpreted:
-      return _ballot(ref, start, bit)
+      return inline.ballot(ref, start, bit)
     one = jnp.int32(1)
 
     def add(i, word):
-      is_set = lax.shift_right_logical(ref[start + i], jnp.int32(bit)) & 1
+      is_set = lax.shift_right_logical(ref[start + i], bit) & 1
       return word | lax.shift_left(is_set * one, i)
 
     return lax.fori_loop(0, 32, add, jnp.int32(0))
@@ -158,11 +148,11 @@ class Warps:
 
   def fetch(self, ref, start) -> jax.Array:
     """Begins to read `ref[start : start + 32]` of an int32 GMEM vector (see `fetched`)."""
-    return jnp.int32(start) if self.interpreted else _lane_load(ref, start)
+    return jnp.int32(start) if self.interpreted else inline.lane_load(ref, start)
 
   def fetched(self, ref, handle, i) -> jax.Array:
     """The i-th of the numbers that `handle = fetch(ref, start)` stands for."""
-    return ref[handle + i] if self.interpreted else _of_lane(handle, i)
+    return ref[handle + i] if self.interpreted else inline.of_lane(handle, i)
 
   def _cast(self, x, layout):
     return x if self.interpreted else plgpu.layout_cast(x, layout)
@@ -174,309 +164,3 @@ def _read_piece(ref, piece):
 
 def _dot(a, b):
   return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-
-
-# What follows is at the level of one CUDA thread. An `mma.sync.m16n8k16` takes, of the left
-# operand, four registers with the 8 x 8 quarters (rows 0-7, columns 0-7), (8-15, 0-7), (0-7,
-# 8-15) and (8-15, 8-15) of 16 x 16 elements; of the right operand, two registers with the
-# halves of 16 x 8; of the sum, two pairs with the halves of 16 x 8. `ldmatrix` delivers
-# four 8 x 8 quarters, and lane l gives the address of row l % 8 of quarter l // 8.
-
-
-def _load_rows(ref):
-  d = ref.shape[-1]
-
-  @plgpu.inline_mgpu(
-    arg_types=(_TILED,),
-    return_type=plgpu.ShapeDtypeStruct((64, d), jnp.bfloat16, layout=LAYOUT),
-  )
-  def load(context, ref):
-    del context
-    place = _add(_smem_address(ref), arith.muli(_warp(), _i32(2 * _row_bytes(d))))
-    place = _add(place, _lane_offset(d, rows_first=True))
-    pair = ir.VectorType.get((2,), ir.BF16Type.get())
-    registers = [
-      mgpu_utils.bitcast(quarter, pair)
-      for k in range(d // 16)
-      for quarter in _ldmatrix(_at_column(place, k), k)
-    ]
-    return _array(registers, (64, d))
-
-  return load(ref)
-
-
-def _products(rows, ref, pieces):
-  d, n = ref.shape[-1], len(pieces)
-
-  @plgpu.inline_mgpu(
-    arg_types=(LAYOUT, _TILED, *[_SCALAR] * n),
-    return_type=plgpu.ShapeDtypeStruct((64, PIECE * n), jnp.float32, layout=LAYOUT),
-  )
-  def multiply(context, rows, ref, *pieces):
-    del context
-    left = _left_operands(rows)
-    place = _add(_smem_address(ref), _lane_offset(d, rows_first=False))
-    zero = mgpu_utils.c(0.0, ir.F32Type.get())
-    sums = []
-    for piece in pieces:
-      here = _add(place, arith.muli(_value(piece), _i32(2 * _row_bytes(d))))
-      low, high = [zero] * 4, [zero] * 4
-      for k in range(d // 16):
-        right = _ldmatrix(_at_column(here, k), k)
-        low = _mma(low, left[k], right[:2])
-        high = _mma(high, left[k], right[2:])
-      sums += [low, high]
-    return _float_array(sums, (64, PIECE * n))
-
-  return multiply(rows, ref, *pieces)
-
-
-def _add_products(total, weights, ref, pieces):
-  d, n = ref.shape[-1], len(pieces)
-
-  @plgpu.inline_mgpu(
-    arg_types=(LAYOUT, LAYOUT, _TILED, *[_SCALAR] * n),
-    return_type=plgpu.ShapeDtypeStruct((64, d), jnp.float32, layout=LAYOUT),
-  )
-  def multiply(context, total, weights, ref, *pieces):
-    del context
-    left = _left_operands(weights)
-    place = _add(_smem_address(ref), _lane_offset(d, rows_first=True))
-    sums = _float_registers(total)
-    for k, piece in enumerate(pieces):
-      here = _add(place, arith.muli(_value(piece), _i32(2 * _row_bytes(d))))
-      for column in range(d // 16):
-        right = _ldmatrix(_at_column(here, column), column, transposed=True)
-        for half in range(2):
-          tile = 2 * column + half
-          sums[tile] = _mma(sums[tile], left[k], right[2 * half : 2 * half + 2])
-    return _float_array(sums, (64, d))
-
-  return multiply(total, weights, ref, *pieces)
-
-
-def _columns(ref, places):
-  width, n = ref.shape[-1], len(places)
-  starts = [jnp.int32(start) for _, start in places]
-
-  @plgpu.inline_mgpu(
-    arg_types=(_PLAIN, *[_SCALAR] * (2 * n)),
-    return_type=plgpu.ShapeDtypeStruct((64, PIECE * n), jnp.float32, layout=LAYOUT),
-  )
-  def load(context, ref, *scalars):
-    del context
-    # Lane l holds columns 2 (l % 4) and the next of each 16 x 8 half.
-    place = _add(_smem_address(ref), arith.muli(_bits(_lane(), 0, 3), _i32(8)))
-    f32 = ir.F32Type.get()
-    halves = []
-    for row, start in zip(scalars[:n], scalars[n:], strict=True):
-      index = _add(arith.muli(_value(row), _i32(width)), _value(start))
-      here = _add(place, arith.muli(index, _i32(4)))
-      for half in range(2):
-        first, second = mgpu_utils.inline_ptx(
-          f"ld.shared.v2.f32 {{$0, $1}}, [$2 + {32 * half}];",
-          here,
-          result_types=[f32, f32],
-          has_side_effects=True,
-        )
-        halves.append([first, second, first, second])
-    return _float_array(halves, (64, PIECE * n))
-
-  return load(ref, *(row for row, _ in places), *starts)
-
-
-def _warp_index():
-  return _scalars(1, (), lambda: [_warp()])[0]
-
-
-def _words(ref, start, num_words):
-  width = ref.shape[-1]
-
-  def load(ref, start):
-    index = _add(arith.muli(_warp(), _i32(width)), _value(start))
-    place = _add(_smem_address(ref), arith.muli(index, _i32(4)))
-    return [
-      mgpu_utils.inline_ptx(
-        f"ld.shared.b32 $0, [$1 + {4 * i}];",
-        place,
-        result_types=ir.IntegerType.get_signless(32),
-        has_side_effects=True,
-      )
-      for i in range(num_words)
-    ]
-
-  return _scalars(num_words, (_PLAIN, _SCALAR), load)(ref, start)
-
-
-def _ballot(ref, start, bit):
-  def vote(ref, start, bit):
-    word = _load_of_lane(ref, _value(start))
-    is_set = _bits(arith.shrui(word, _add(_value(bit), _warp())), 0, 1)
-    ptx = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }"
-    return [_convergent(ptx, is_set)]
-
-  return _scalars(1, (_PLAIN, _SCALAR, _SCALAR), vote)(ref, start, jnp.int32(bit))[0]
-
-
-def _lane_load(ref, start):
-  def load(ref, start):
-    return [_load_of_lane(ref, _value(start))]
-
-  return _scalars(1, (_PLAIN, _SCALAR), load)(ref, jnp.int32(start))[0]
-
-
-def _of_lane(x, lane):
-  def shuffle(x, lane):
-    ptx = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
-    return [_convergent(ptx, _value(x), _value(lane))]
-
-  return _scalars(1, (_SCALAR, _SCALAR), shuffle)(x, jnp.int32(lane))[0]
-
-
-def _scalars(num_results, arg_types, function):
-  """An inline operation with int32 scalars as results, each warp or lane its own."""
-  scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
-
-  @plgpu.inline_mgpu(arg_types=arg_types, return_type=(scalar,) * num_results)
-  def run(context, *args):
-    del context
-    return tuple(mgpu.FragmentedArray.splat(x, (), is_signed=True) for x in function(*args))
-
-  return run if arg_types else run()
-
-
-def _i32(value: int):
-  return mgpu_utils.c(value, ir.IntegerType.get_signless(32))
-
-
-def _add(a, b):
-  return arith.addi(a, b)
-
-
-def _bits(x, shift: int, mask: int):
-  shifted = arith.shrui(x, _i32(shift)) if shift else x
-  return arith.andi(shifted, _i32(mask))
-
-
-def _value(x: mgpu.FragmentedArray):
-  return x.registers.item()
-
-
-def _lane():
-  return _bits(mgpu_utils.thread_idx(), 0, 31)
-
-
-def _warp():
-  return _bits(mgpu_utils.warp_idx(), 0, 3)
-
-
-def _smem_address(ref):
-  return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu_utils.memref_ptr(ref))
-
-
-def _row_bytes(d: int) -> int:
-  """Bytes of 8 rows of D elements: a row of tiles."""
-  return _TILE_BYTES * (d // 64)
-
-
-def _lane_offset(d: int, *, rows_first: bool):
-  """Where this lane's row of its quarter lies in a piece, columns 0 to 15.
-
-  Quarters are numbered down the rows first, or along the columns first.
-  """
-  lane = _lane()
-  row, second, fourth = _bits(lane, 0, 7), _bits(lane, 3, 1), _bits(lane, 4, 1)
-  lower, right = (second, fourth) if rows_first else (fourth, second)
-  # The swizzle exchanges the chunks of 16 bytes of row r by r's last three bits.
-  chunk = arith.xori(right, row)
-  offset = _add(arith.muli(lower, _i32(_row_bytes(d))), arith.muli(row, _i32(128)))
-  return _add(offset, arith.muli(chunk, _i32(16)))
-
-
-def _at_column(place, k: int):
-  """The address for columns 16 k to 16 k + 15 within their tile (see `_ldmatrix`)."""
-  return place if k % 4 == 0 else arith.xori(place, _i32(32 * (k % 4)))
-
-
-def _ldmatrix(place, k: int, *, transposed: bool = False):
-  """Four quarters; k // 4 is the tile along the columns."""
-  way = ".trans" if transposed else ""
-  return mgpu_utils.inline_ptx(
-    f"ldmatrix.sync.aligned.m8n8.x4{way}.shared.b16 "
-    f"{{$0, $1, $2, $3}}, [$4 + {_TILE_BYTES * (k // 4)}];",
-    place,
-    result_types=[ir.IntegerType.get_signless(32)] * 4,
-    # Reads what copies write: it must not move across the waits for them.
-    has_side_effects=True,
-    convergent=True,
-  )
-
-
-def _mma(sums, left, right):
-  return mgpu_utils.inline_ptx(
-    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-    *left,
-    *right,
-    *sums,
-    result_types=[ir.F32Type.get()] * 4,
-    convergent=True,
-  )
-
-
-def _convergent(ptx, *args):
-  return mgpu_utils.inline_ptx(
-    ptx,
-    *args,
-    result_types=ir.IntegerType.get_signless(32),
-    has_side_effects=True,
-    convergent=True,
-  )
-
-
-def _load_of_lane(ref, start):
-  """Element `start + lane` of an int32 GMEM vector."""
-  i64 = ir.IntegerType.get_signless(64)
-  base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
-  offset = arith.extui(i64, arith.muli(_add(start, _lane()), _i32(4)))
-  return mgpu_utils.inline_ptx(
-    "ld.global.nc.b32 $0, [$1];",
-    arith.addi(base, offset),
-    result_types=ir.IntegerType.get_signless(32),
-    has_side_effects=True,
-  )
-
-
-def _left_operands(x: mgpu.FragmentedArray):
-  """The four registers of every 16 columns of a bfloat16 array."""
-  i32 = ir.IntegerType.get_signless(32)
-  registers = [mgpu_utils.bitcast(r, i32) for r in x.registers.flat]
-  return [registers[i : i + 4] for i in range(0, len(registers), 4)]
-
-
-def _float_registers(x: mgpu.FragmentedArray):
-  """The four numbers of every 8 columns of a float32 array."""
-  numbers = [
-    vector.extract(pair, dynamic_position=[], static_position=[i])
-    for pair in x.registers.flat
-    for i in range(2)
-  ]
-  return [numbers[i : i + 4] for i in range(0, len(numbers), 4)]
-
-
-def _float_array(tiles, shape) -> mgpu.FragmentedArray:
-  pair = ir.VectorType.get((2,), ir.F32Type.get())
-  registers = []
-  for tile in tiles:
-    for half in (tile[:2], tile[2:]):
-      register = llvm.mlir_undef(pair)
-      for i, number in enumerate(half):
-        register = llvm.insertelement(register, number, position=_i32(i))
-      registers.append(register)
-  return _array(registers, shape)
-
-
-def _array(registers, shape) -> mgpu.FragmentedArray:
-  layout = LAYOUT.to_mgpu()
-  grid = np.array(registers, dtype=object).reshape(layout.registers_shape(shape))
-  return fragmented_array.FragmentedArray(_registers=grid, _layout=layout, _is_signed=None)

@@ -21,7 +21,8 @@ from pallas_kernels.block_lists import units
 WINDOW = 32
 PIECE = 16
 # This bit of `pieces` marks units that may not see every key of the tile.
-EDGE = 1 << 30
+EDGE_BIT = 30
+EDGE = 1 << EDGE_BIT
 # Costs in units of one product of a warp: a window with nothing to do, a change of tiles.
 _WINDOW_COST = 1.0
 _TILE_COST = 4.0

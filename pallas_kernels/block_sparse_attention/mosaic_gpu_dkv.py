@@ -1,0 +1,493 @@
+"""The kernel for the gradients of keys and values on Hopper GPUs.
+
+A warp holds a piece of 16 keys and values; a tile is the pieces of all warps of a
+multiprocessor. The units that read the tile stream through a ring, in the order of
+`block_lists.key_tiles`, and each warp takes those that read its piece. Scores stand on
+their side here, keys down the rows and a unit's 16 queries along the columns.
+
+No two warps write to the same place and every sum has a fixed order, so gradients are the
+same every time. A tile that several workers share has a partial sum of each; `add_parts`
+adds them up.
+
+See `mosaic_gpu_shape` for the letters. More: W windows of 32 units, P pieces of a tile,
+X tiles, Y partial sums.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels import mosaic_inline, mosaic_ring
+from pallas_kernels.block_lists import key_tiles
+from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as walk
+from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import UNIT, Shape
+
+_LOG2E = math.log2(math.e)
+# Units that a warp takes in one step.
+_PAIR = 2
+# Numbers of every row of queries, 16 of each: lse in base 2, delta, and the first and the
+# last key that it may see. As float32, which holds positions up to 2**24 exactly.
+LSE, DELTA, FIRST, LAST = range(0, 4 * UNIT, UNIT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """What may change speed but never the answer.
+
+  Attributes:
+    warpgroups: that compute, each with four pieces of keys.
+    stages: of the ring, a power of two.
+    units_per_stage: `stages * units_per_stage` must be at least a window.
+    registers: of each computing thread.
+  """
+
+  warpgroups: int
+  stages: int
+  units_per_stage: int
+  registers: int
+
+  def __post_init__(self):
+    if self.stages * self.units_per_stage < key_tiles.WINDOW:
+      raise ValueError(f"{self} holds less than a window of {key_tiles.WINDOW} units")
+
+  @property
+  def keys_per_tile(self) -> int:
+    return 64 * self.warpgroups
+
+
+class Sums(NamedTuple):
+  """Partial sums of all tiles, float32; `dbias_YN` is None where keys have no biases.
+
+  Attributes:
+    dk_YND, dv_YND, dbias_YN: N keys of a tile.
+  """
+
+  dk_YND: jax.Array
+  dv_YND: jax.Array
+  dbias_YN: jax.Array | None
+
+
+def dkv(
+  q_BVXD,
+  dout_BVXD,
+  numbers_RUC,
+  k_BSKD,
+  v_BSKD,
+  bias_BKS,
+  tiles: key_tiles.KeyTiles,
+  *,
+  shape: Shape,
+  config: Config,
+  scale: float,
+  interpret=None,
+) -> Sums:
+  """Returns partial sums; that of tile x by worker w is at x + w.
+
+  Args:
+    q_BVXD, dout_BVXD: queries and the cotangent of the output.
+    numbers_RUC: of each unit's rows, see `LSE`; C = 64.
+    k_BSKD, v_BSKD: keys and values.
+    bias_BKS: float32, or None.
+    tiles: of the lists.
+    shape, config, scale, interpret: of the call.
+  """
+  warps = shape.warps
+  num_threads = 4 * config.warpgroups // warps.per_thread
+  num_tiles = len(tiles.first_window_X) - 1
+  tiles_per_row = num_tiles // shape.num_rows
+  tile_keys, d, rows = config.keys_per_tile, shape.head_dim, warps.rows
+  slots = config.stages * config.units_per_stage
+  per_window = key_tiles.WINDOW // config.units_per_stage
+  # A window ahead of the last is begun to be read.
+  units_W, pieces_W = (
+    jnp.pad(x, (0, key_tiles.WINDOW)) for x in (tiles.units_W, tiles.pieces_W)
+  )
+  inputs = dict(
+    q=q_BVXD,
+    dout=dout_BVXD,
+    numbers=numbers_RUC,
+    k=k_BSKD,
+    v=v_BSKD,
+    units=units_W,
+    pieces=pieces_W,
+    first_window=tiles.first_window_X,
+    bounds=tiles.bounds_W,
+    first_tile=tiles.first_tile_W,
+  )
+  if shape.has_bias:
+    inputs["bias"] = bias_BKS
+  if shape.has_tokens:
+    inputs["tokens"] = tiles.tokens_WP
+
+  def body(*refs, smem):
+    gmem = dict(zip(inputs, refs, strict=False))
+    outs = refs[len(inputs) :]
+    worker, thread = lax.axis_index("worker"), lax.axis_index("thread")
+    first, last = gmem["bounds"][worker], gmem["bounds"][worker + 1]
+
+    def share_of(tile, window):
+      """What this worker does of a tile, from a window on."""
+      end = jnp.minimum(gmem["first_window"][tile + 1], last)
+      ring = mosaic_ring.Ring(
+        smem["filled"],
+        smem["free"],
+        config.stages,
+        (window - first) * per_window,
+        shape.interpreted,
+      )
+      return Share(shape, config, gmem, smem, ring, tile, tiles_per_row, window, end)
+
+    def for_all_shares(function):
+      """Calls `function(share)` for one tile after the other."""
+
+      def step(state):
+        tile, window = state
+        share = share_of(tile, window)
+
+        @pl.when(share.end > window)
+        def _work():
+          function(share)
+
+        return tile + 1, jnp.maximum(share.end, window)
+
+      lax.while_loop(lambda state: state[1] < last, step, (gmem["first_tile"][worker], first))
+
+    def compute():
+      def work(share):
+        share.load(thread)
+        dk, dv, dbias = share.sums(thread, scale)
+        y, lines = share.tile + worker, pl.ds(thread * rows, rows)
+        outs[0][y, lines, :] = dk * scale
+        outs[1][y, lines, :] = dv
+        if shape.has_bias:
+          outs[2][y, lines] = dbias
+
+      for_all_shares(work)
+
+    def fetch():
+      for_all_shares(lambda share: share.stream())
+      mosaic_ring.drain(smem["free"], config.stages, (last - first) * per_window)
+
+    walk.run_threads(thread, num_threads, config.registers, compute, fetch)
+
+  num_sums = num_tiles + shape.num_workers
+  whole = jax.ShapeDtypeStruct((num_sums, tile_keys, d), jnp.float32)
+  out_type = [whole, whole]
+  if shape.has_bias:
+    out_type.append(jax.ShapeDtypeStruct((num_sums, tile_keys), jnp.float32))
+  smem = dict(
+    k=walk.tiled((num_threads, rows, d)),
+    v=walk.tiled((num_threads, rows, d)),
+    q=walk.tiled((slots * UNIT, d)),
+    dout=walk.tiled((slots * UNIT, d)),
+    numbers=plgpu.SMEM((slots, 4 * UNIT), jnp.float32),
+    ready=plgpu.Barrier(num_arrivals=2 + shape.has_bias, num_barriers=num_threads),
+    filled=plgpu.Barrier(num_arrivals=3 * config.units_per_stage, num_barriers=config.stages),
+    free=plgpu.Barrier(num_arrivals=num_threads, num_barriers=config.stages),
+  )
+  if shape.has_bias:
+    smem["bias"] = plgpu.SMEM((num_threads, rows), jnp.float32)
+  outs = plgpu.kernel(
+    body,
+    out_type=out_type,
+    grid=(shape.num_workers,),
+    grid_names=("worker",),
+    num_threads=num_threads + 1,
+    thread_name="thread",
+    scratch_types=dict(smem=smem),
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    interpret=interpret,
+  )(*inputs.values())
+  return Sums(*outs, *[None] * (3 - len(outs)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """A worker's windows of one tile.
+
+  Attributes:
+    shape, config: of the call.
+    gmem, smem: refs by name.
+    ring: of units.
+    tile: number of the tile among those of all rows R.
+    tiles_per_row: tiles of a row.
+    window, end: the first window, and the one after the last.
+  """
+
+  shape: Shape
+  config: Config
+  gmem: dict
+  smem: dict
+  ring: mosaic_ring.Ring
+  tile: jax.Array
+  tiles_per_row: int
+  window: jax.Array
+  end: jax.Array
+
+  @property
+  def row(self) -> jax.Array:
+    return lax.div(self.tile, jnp.int32(self.tiles_per_row))
+
+  @property
+  def first_key(self) -> jax.Array:
+    x = lax.rem(self.tile, jnp.int32(self.tiles_per_row))
+    return x * self.config.keys_per_tile
+
+  def load(self, thread) -> None:
+    """Brings the thread's keys, values and biases into shared memory; waits for them."""
+    b, head = self.shape.batch_and_head(self.row)
+    rows, barrier = self.shape.warps.rows, self.smem["ready"].at[thread]
+    # Those of the tile before have been read by every warp.
+    plgpu.commit_smem()
+    keys = pl.ds(self.first_key + thread * rows, rows)
+    for name in ("k", "v"):
+      source = self.gmem[name].at[b, keys, head]
+      plgpu.copy_gmem_to_smem(source, self.smem[name].at[thread], barrier)
+    if self.shape.has_bias:
+      source = self.gmem["bias"].at[b, head, keys]
+      plgpu.copy_gmem_to_smem(source, self.smem["bias"].at[thread], barrier)
+    plgpu.barrier_wait(barrier)
+
+  def sums(self, thread, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The thread's sums over the windows: dk / scale, dv and dbias."""
+    shape, smem, warps = self.shape, self.smem, self.shape.warps
+    k, v = (warps.load_rows(smem[name].at[thread]) for name in ("k", "v"))
+    bias = None
+    if shape.has_bias:
+      bias = _LOG2E * warps.load_vector(smem["bias"].at[thread])
+
+    def step(pair, sums):
+      dk, dv, dbias = sums
+      pieces = pair.slots
+      scores, factor = warps.products(k, smem["q"], pieces), scale * _LOG2E
+      if shape.has_bias:
+        scores = scores * factor + walk.along_rows(bias, scores.shape)
+        factor = 1.0
+      scores = pair.masked(scores)
+      weights = jnp.exp2(scores * factor - pair.columns(LSE))
+      dv = warps.add_products(dv, weights.astype(jnp.bfloat16), smem["dout"], pieces)
+      dweights = warps.products(v, smem["dout"], pieces)
+      dscores = weights * (dweights - pair.columns(DELTA))
+      if shape.has_bias:
+        dbias = dbias + dscores.sum(axis=1)
+      dk = warps.add_products(dk, dscores.astype(jnp.bfloat16), smem["q"], pieces)
+      return dk, dv, dbias
+
+    d = shape.head_dim
+    start = warps.zeros(d), warps.zeros(d), warps.filled(0.0)
+    return self._walk(step, start, thread)
+
+  def _walk(self, step, start, thread):
+    """Carries `start` through `step(pair, carry)` for all units that read a warp's piece."""
+    warps, ring, stage_units = self.shape.warps, self.ring, self.config.units_per_stage
+    shift = int(math.log2(stage_units))
+    pieces, per_window = self.gmem["pieces"], key_tiles.WINDOW // stage_units
+    own_piece = thread * warps.per_thread + warps.index()
+
+    def votes(window):
+      """Which units of a window read the warp's piece, and which are at an edge."""
+      start = window * key_tiles.WINDOW
+      edge = jnp.int32(key_tiles.EDGE_BIT)
+      return warps.ballot(pieces, start, own_piece), warps.ballot(pieces, start, edge)
+
+    def walk_window(window, state):
+      ready, left, (bits, edges), carry = state
+      # The votes on the next window are on their way while this one is worked on.
+      ahead = votes(window + 1)
+      first_slot = (window - self.window) * key_tiles.WINDOW
+
+      def advance(state):
+        bits, ready, left, carry = state
+        i = lowest(bits)
+        others = bits & (bits - 1)
+        is_pair = others != 0
+        j = jnp.where(is_pair, lowest(others), i)
+        rest = others & (others - 1)
+        ready = ring.wait(ready, lax.shift_right_logical(first_slot + j, shift) + 1)
+        pair = Pair(self, own_piece, window, (i, j), first_slot, is_pair, edges)
+        carry = step(pair, carry)
+        upto = jnp.where(rest != 0, lowest(rest), key_tiles.WINDOW)
+        until = lax.shift_right_logical(first_slot + upto, shift)
+        ready, left = ring.leave(ready, left, until)
+        return rest, ready, left, carry
+
+      _, ready, left, carry = lax.while_loop(
+        lambda state: state[0] != 0, advance, (bits, ready, left, carry)
+      )
+      ready, left = ring.leave(ready, left, (window - self.window + 1) * per_window)
+      return ready, left, ahead, carry
+
+    zero = jnp.int32(0)
+    state = zero, zero, votes(self.window), start
+    *_, carry = lax.fori_loop(self.window, self.end, walk_window, state)
+    return carry
+
+  def stream(self) -> None:
+    """Fills the ring with the units of the windows; the work of a single warp."""
+    shape, gmem, smem = self.shape, self.gmem, self.smem
+    warps, stage_units = shape.warps, self.config.units_per_stage
+    b, head = shape.batch_and_head(self.row)
+    per_window = key_tiles.WINDOW // stage_units
+
+    def copy_unit(slot, unit, barrier):
+      v, h = shape.place_of_unit(head, unit)
+      lines = pl.ds(slot * UNIT, UNIT)
+      for name in ("q", "dout"):
+        source = gmem[name].at[b, v, pl.ds(h, UNIT)]
+        plgpu.copy_gmem_to_smem(source, smem[name].at[lines], barrier)
+      source = gmem["numbers"].at[self.row, unit]
+      plgpu.copy_gmem_to_smem(source, smem["numbers"].at[slot], barrier)
+
+    def stream_window(window, handle):
+      ahead = warps.fetch(gmem["units"], (window + 1) * key_tiles.WINDOW)
+
+      def stream_stage(n, _):
+        def copy(place, barrier):
+          for i in range(stage_units):
+            unit = warps.fetched(gmem["units"], handle, n * stage_units + i)
+            copy_unit(place * stage_units + i, unit, barrier)
+
+        self.ring.fill((window - self.window) * per_window + n, copy)
+
+      lax.fori_loop(0, per_window, stream_stage, None)
+      return ahead
+
+    handle = warps.fetch(gmem["units"], self.window * key_tiles.WINDOW)
+    lax.fori_loop(self.window, self.end, stream_window, handle)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """Two units of a window that read a warp's piece, or one of them twice.
+
+  Attributes:
+    share: of the tile.
+    piece: number of the warp's piece in its tile.
+    window: that they are of.
+    places: of the units in the window.
+    first_slot: units of the share before the window.
+    is_pair: whether the second one counts.
+    edges: bits of the units of the window that do not see every key of the tile.
+  """
+
+  share: Share
+  piece: jax.Array
+  window: jax.Array
+  places: tuple[jax.Array, jax.Array]
+  first_slot: jax.Array
+  is_pair: jax.Array
+  edges: jax.Array
+
+  @property
+  def slots(self) -> list[jax.Array]:
+    """Places of the units in the ring."""
+    ring, per_stage = self.share.ring, self.share.config.units_per_stage
+    size, before = ring.num_stages * per_stage, ring.before * per_stage
+    return [(before + self.first_slot + place) & (size - 1) for place in self.places]
+
+  def columns(self, what: int):
+    """Numbers of the units' rows (see `LSE`), [rows, 32]."""
+    share = self.share
+    places = [(slot, what) for slot in self.slots]
+    return share.shape.warps.columns(share.smem["numbers"], places)
+
+  def masked(self, scores):
+    """Scores [rows, 32] with keys that a column's query does not see put out of reach."""
+    if self.share.shape.has_tokens:
+      return self._mask(scores)
+    is_edge = ~self.is_pair
+    for i in self.places:
+      is_edge |= (lax.shift_right_logical(self.edges, i) & 1) == 1
+    return lax.cond(is_edge, self._mask, lambda s: s, scores)
+
+  def _mask(self, scores):
+    share, warps = self.share, self.share.shape.warps
+    # Rows count on through the warps of a thread; within a piece there are 16.
+    key = share.first_key + self.piece * UNIT + (warps.iota(0) & (UNIT - 1))
+    key = key.astype(jnp.float32)
+    first, last = self.columns(FIRST), self.columns(LAST)
+    parts = []
+    for n in range(_PAIR):
+      part = slice(UNIT * n, UNIT * (n + 1))
+      is_seen = (key >= first[:, part]) & (key <= last[:, part])
+      if n:
+        is_seen &= self.is_pair
+      if share.shape.has_tokens:
+        index = self.window * key_tiles.WINDOW + self.places[n]
+        bits = share.gmem["tokens"][index, self.piece]
+        token = walk.token_of_row(share.shape, axis=1)
+        is_seen &= (lax.shift_right_logical(bits, token) & 1) == 1
+      parts.append(jnp.where(is_seen, scores[:, part], walk.MASKED))
+    return jnp.concatenate(parts, axis=1)
+
+
+def add_parts(
+  sums_YND,
+  tiles: key_tiles.KeyTiles,
+  *,
+  shape: Shape,
+  config: Config,
+  interpret=None,
+) -> jax.Array:
+  """Adds the partial sums of every tile: bfloat16 [B, S, K, D] from float32 [Y, N, D]."""
+  d, num_parts = shape.head_dim, config.keys_per_tile // 64
+  num_tiles = len(tiles.first_worker_X)
+  tiles_per_row = num_tiles // shape.num_rows
+
+  def body(sums_gmem, first_gmem, last_gmem, out_gmem, out_smem):
+    tile, part = lax.axis_index("tile"), lax.axis_index("part")
+    lines = pl.ds(part * 64, 64)
+
+    def add(worker, total):
+      addend = sums_gmem.at[tile + worker, lines, :]
+      if shape.interpreted:
+        return total + addend[...]
+      return total + plgpu.load(addend, layout=mosaic_inline.LAYOUT, optimized=False)
+
+    zero = jnp.zeros((64, d), jnp.float32)
+    if not shape.interpreted:
+      zero = plgpu.layout_cast(zero, mosaic_inline.LAYOUT)
+    total = lax.fori_loop(first_gmem[tile], last_gmem[tile] + 1, add, zero)
+    out_smem[...] = total.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    row, x = (f(tile, jnp.int32(tiles_per_row)) for f in (lax.div, lax.rem))
+    b, head = shape.batch_and_head(row)
+    keys = pl.ds(x * config.keys_per_tile + part * 64, 64)
+    plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[b, keys, head])
+    plgpu.wait_smem_to_gmem(0)
+
+  return plgpu.kernel(
+    body,
+    out_type=jax.ShapeDtypeStruct(
+      (shape.batch, shape.num_keys, shape.num_kv_heads, d), jnp.bfloat16
+    ),
+    grid=(num_tiles, num_parts),
+    grid_names=("tile", "part"),
+    scratch_types=[walk.tiled((64, d))],
+    interpret=interpret,
+  )(sums_YND, tiles.first_worker_X, tiles.last_worker_X)
+
+
+def add_bias_parts(sums_YN, tiles: key_tiles.KeyTiles, *, shape: Shape) -> jax.Array:
+  """Adds the partial sums of every tile: float32 [B, S, K] from [Y, N]."""
+  y_Y = jnp.arange(sums_YN.shape[0])
+  x_X = jnp.arange(len(tiles.first_worker_X))
+  worker_XY = y_Y[None, :] - x_X[:, None]
+  is_part_XY = worker_XY >= tiles.first_worker_X[:, None]
+  is_part_XY &= worker_XY <= tiles.last_worker_X[:, None]
+  # What no worker wrote may hold anything.
+  sums_YN = jnp.where(is_part_XY.any(0)[:, None], sums_YN, 0.0)
+  total_XN = jnp.dot(is_part_XY.astype(jnp.float32), sums_YN, precision="highest")
+  total_BKS = total_XN.reshape(shape.batch, shape.num_kv_heads, -1)[..., : shape.num_keys]
+  return total_BKS.transpose(0, 2, 1)
+
+
+def lowest(bits):
+  """The number of the lowest bit that is set."""
+  return 31 - lax.clz(bits & -bits)

@@ -1,0 +1,93 @@
+"""The forward kernel of block-sparse attention on Hopper GPUs; see `mosaic_gpu_walk`."""
+
+import math
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as walk
+from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import UNIT, Shape
+
+_LOG2E = math.log2(math.e)
+# A maximum to begin with: below any score, and far above masked ones under any scale.
+_LOWEST = -1e20
+
+
+def forward(
+  q_BVXD,
+  lists: walk.Lists,
+  *,
+  shape: Shape,
+  config: walk.Config,
+  scale: float,
+  interpret=None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns out [B, V, X, D] and lse [R, L], natural logarithm, of whole tiles.
+
+  Rows of units that list nothing get out = 0 and lse = -inf.
+  """
+  warps = shape.warps
+  num_threads = config.units_per_tile // warps.per_thread
+  pieces = range(4)
+
+  def copies(tile, own_refs, scratch):
+    (q_gmem,) = own_refs
+    yield from tile.unit_slices(q_gmem, scratch["q"].at[tile.thread])
+
+  def attend(tile, scratch, out_refs):
+    out_gmem, lse_gmem = out_refs
+    q_smem, lse_smem = (scratch[name].at[tile.thread] for name in ("q", "lse"))
+    q = warps.load_rows(q_smem)
+
+    def step(group, carry):
+      total, highest, norm = carry
+      scores, factor = warps.products(q, tile.smem["k"], group.pieces), scale * _LOG2E
+      if shape.has_bias:
+        scores = scores * factor + _LOG2E * group.biases(pieces)
+        factor = 1.0
+      scores = group.masked(scores, pieces)
+      # The scale enters here, in one multiply-add with the maximum.
+      new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
+      shrink = jnp.exp2(highest - new_highest)
+      weights = jnp.exp2(scores * factor + walk.along_rows(-new_highest, scores.shape))
+      norm = norm * shrink + weights.sum(axis=1)
+      total = total * walk.along_rows(shrink, total.shape)
+      weights = weights.astype(jnp.bfloat16)
+      total = warps.add_products(total, weights, tile.smem["v"], group.pieces)
+      return total, new_highest, norm
+
+    start = warps.zeros(shape.head_dim), warps.filled(_LOWEST), warps.filled(0.0)
+    total, highest, norm = tile.walk(step, start)
+
+    # A row that saw nothing has a norm of 0.
+    inverse = jnp.where(norm > 0.0, 1.0 / jnp.maximum(norm, 1e-37), 0.0)
+    lse = jnp.where(norm > 0.0, (highest + jnp.log2(norm)) / _LOG2E, -jnp.inf)
+    out = total * walk.along_rows(inverse, total.shape)
+    q_smem[...] = out.astype(jnp.bfloat16)
+    lse_smem[...] = lse
+    plgpu.commit_smem()
+    for target, source in tile.unit_slices(out_gmem, q_smem):
+      plgpu.copy_smem_to_gmem(source, target)
+    plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[tile.row, tile.lines])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  num_lines = lists.count_RX.shape[1] * config.units_per_tile * UNIT
+  return walk.call(
+    [q_BVXD],
+    lists,
+    shape=shape,
+    config=config,
+    out_type=[
+      jax.ShapeDtypeStruct(q_BVXD.shape, q_BVXD.dtype),
+      jax.ShapeDtypeStruct((shape.num_rows, num_lines), jnp.float32),
+    ],
+    scratch=dict(
+      q=walk.tiled((num_threads, warps.rows, shape.head_dim)),
+      lse=plgpu.SMEM((num_threads, warps.rows), jnp.float32),
+    ),
+    num_copies=warps.per_thread,
+    copies=copies,
+    attend=attend,
+    interpret=interpret,
+  )
