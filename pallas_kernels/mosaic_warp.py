@@ -130,7 +130,7 @@ class Warps:
     if self.interpreted:
       row = (0,) if len(ref.shape) == 2 else ()
       return [ref[*row, start + i] for i in range(num_words)]
-    return inline.words(ref, start, num_words)
+    return list(inline.words(ref, start, num_words))
 
   def ballot(self, ref, start, bit) -> jax.Array:
     """An int32 whose bit i is bit `bit` of `ref[start + i]`, an int32 GMEM vector."""

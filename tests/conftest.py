@@ -7,6 +7,10 @@ os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
 )
 
+# Threads of interpreted GPU kernels wait for each other, each in a thread of the CPU client,
+# which makes as many as there are processors unless it is told of more.
+os.environ.setdefault("NPROC", "16")
+
 import jax
 import jaxtyping
 import pytest

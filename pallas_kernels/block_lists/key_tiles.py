@@ -39,7 +39,7 @@ class KeyTiles(NamedTuple):
     first_window_X: the first window of every tile, and at last their number. X = R * tiles
       of a row, + 1.
     bounds_W: the first window of every worker, and at last their number.
-    first_tile_W: the tile that a worker begins in.
+    first_tile_W, last_tile_W: the tiles that a worker begins and ends in.
     first_worker_X, last_worker_X: workers that share a tile; where it has no window, the
       last is before the first.
   """
@@ -50,6 +50,7 @@ class KeyTiles(NamedTuple):
   first_window_X: jax.Array
   bounds_W: jax.Array
   first_tile_W: jax.Array
+  last_tile_W: jax.Array
   first_worker_X: jax.Array
   last_worker_X: jax.Array
 
@@ -119,6 +120,7 @@ def key_tiles(
     first_window_X=first_window_X,
     bounds_W=bounds_W,
     first_tile_W=_place(first_window_X, bounds_W[:-1], num_tiles),
+    last_tile_W=_place(first_window_X, bounds_W[1:] - 1, num_tiles),
     first_worker_X=_place(bounds_W, starts_X, num_workers),
     last_worker_X=jnp.where(
       windows_X > 0, _place(bounds_W, first_window_X[1:] - 1, num_workers), -1

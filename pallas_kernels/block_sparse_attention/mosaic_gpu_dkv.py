@@ -43,7 +43,7 @@ class Config:
   Attributes:
     warpgroups: that compute, each with four pieces of keys.
     stages: of the ring, a power of two.
-    units_per_stage: `stages * units_per_stage` must be at least a window.
+    units_per_stage: a power of two that divides a window.
     registers: of each computing thread.
   """
 
@@ -51,10 +51,6 @@ class Config:
   stages: int
   units_per_stage: int
   registers: int
-
-  def __post_init__(self):
-    if self.stages * self.units_per_stage < key_tiles.WINDOW:
-      raise ValueError(f"{self} holds less than a window of {key_tiles.WINDOW} units")
 
   @property
   def keys_per_tile(self) -> int:
@@ -119,6 +115,7 @@ def dkv(
     first_window=tiles.first_window_X,
     bounds=tiles.bounds_W,
     first_tile=tiles.first_tile_W,
+    last_tile=tiles.last_tile_W,
   )
   if shape.has_bias:
     inputs["bias"] = bias_BKS
@@ -131,8 +128,9 @@ def dkv(
     worker, thread = lax.axis_index("worker"), lax.axis_index("thread")
     first, last = gmem["bounds"][worker], gmem["bounds"][worker + 1]
 
-    def share_of(tile, window):
-      """What this worker does of a tile, from a window on."""
+    def share_of(tile):
+      """What this worker does of a tile."""
+      window = jnp.maximum(gmem["first_window"][tile], first)
       end = jnp.minimum(gmem["first_window"][tile + 1], last)
       ring = mosaic_ring.Ring(
         smem["filled"],
@@ -146,17 +144,15 @@ def dkv(
     def for_all_shares(function):
       """Calls `function(share)` for one tile after the other."""
 
-      def step(state):
-        tile, window = state
-        share = share_of(tile, window)
+      def step(tile, _):
+        share = share_of(tile)
 
-        @pl.when(share.end > window)
+        @pl.when(share.end > share.window)
         def _work():
           function(share)
 
-        return tile + 1, jnp.maximum(share.end, window)
-
-      lax.while_loop(lambda state: state[1] < last, step, (gmem["first_tile"][worker], first))
+      begin, end = gmem["first_tile"][worker], gmem["last_tile"][worker]
+      lax.fori_loop(begin, end + 1, step, None)
 
     def compute():
       def work(share):
@@ -290,6 +286,9 @@ class Share:
     pieces, per_window = self.gmem["pieces"], key_tiles.WINDOW // stage_units
     own_piece = thread * warps.per_thread + warps.index()
 
+    def stage_of(slot):
+      return lax.shift_right_logical(slot, shift)
+
     def votes(window):
       """Which units of a window read the warp's piece, and which are at an edge."""
       start = window * key_tiles.WINDOW
@@ -305,17 +304,17 @@ class Share:
       def advance(state):
         bits, ready, left, carry = state
         i = lowest(bits)
+        stage = stage_of(first_slot + i)
+        ready, left = ring.leave(ready, left, stage)
         others = bits & (bits - 1)
-        is_pair = others != 0
-        j = jnp.where(is_pair, lowest(others), i)
-        rest = others & (others - 1)
-        ready = ring.wait(ready, lax.shift_right_logical(first_slot + j, shift) + 1)
+        j = lowest(others)
+        # Further on there is no room before this warp has left the stage it is in.
+        is_pair = (others != 0) & (stage_of(first_slot + j) < stage + ring.num_stages)
+        j = jnp.where(is_pair, j, i)
+        ready = ring.wait(ready, stage_of(first_slot + j) + 1)
         pair = Pair(self, own_piece, window, (i, j), first_slot, is_pair, edges)
         carry = step(pair, carry)
-        upto = jnp.where(rest != 0, lowest(rest), key_tiles.WINDOW)
-        until = lax.shift_right_logical(first_slot + upto, shift)
-        ready, left = ring.leave(ready, left, until)
-        return rest, ready, left, carry
+        return jnp.where(is_pair, others & (others - 1), others), ready, left, carry
 
       _, ready, left, carry = lax.while_loop(
         lambda state: state[0] != 0, advance, (bits, ready, left, carry)

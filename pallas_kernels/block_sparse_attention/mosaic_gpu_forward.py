@@ -73,7 +73,7 @@ def forward(
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   num_lines = lists.count_RX.shape[1] * config.units_per_tile * UNIT
-  return walk.call(
+  out_BVXD, lse_RL = walk.call(
     [q_BVXD],
     lists,
     shape=shape,
@@ -91,3 +91,4 @@ def forward(
     attend=attend,
     interpret=interpret,
   )
+  return out_BVXD, lse_RL

@@ -162,8 +162,11 @@ def test_workers_cover_every_window_once(case):
   assert shares.max() <= 3 * shares.mean()
   for worker in range(WORKERS):
     if shares[worker]:
-      tile = keys.first_tile_W[worker]
-      assert first_window[tile] <= bounds[worker] < first_window[tile + 1]
+      for tile, window in (
+        (keys.first_tile_W[worker], bounds[worker]),
+        (keys.last_tile_W[worker], bounds[worker + 1] - 1),
+      ):
+        assert first_window[tile] <= window < first_window[tile + 1]
   slots = set()
   for tile, (begin, end) in enumerate(itertools.pairwise(first_window)):
     workers = range(keys.first_worker_X[tile], keys.last_worker_X[tile] + 1)

@@ -1,0 +1,194 @@
+"""The Hopper kernels of block-sparse attention: interpreted, lowered, and on a GPU.
+
+Where there is no GPU, the kernels run in Pallas' interpreter of GPU kernels, which finds
+races, missing waits and deadlocks; each warp is a thread there. And every shape that is
+promised is lowered for CUDA, which the instructions that the interpreter does not know
+(see `mosaic_inline`) take part in.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+from jax import export
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.block_sparse_attention import (
+  mosaic_gpu,
+  mosaic_gpu_dkv,
+  mosaic_gpu_walk,
+)
+from pallas_kernels.block_sparse_attention.problem import Problem
+from tests.pallas_kernels import problems
+
+
+def attend(q, k, v, blocks, *, block_size, query_offset, segments_BS, key_bias_BSK, interpret):
+  problem = Problem(q, k, v, blocks, jnp.int32(query_offset), segments_BS, key_bias_BSK)
+  return mosaic_gpu.block_sparse_attention(
+    problem, None, block_size, q.shape[-1] ** -0.5, interpret
+  )
+
+
+def assert_matches_reference(problem, actual):
+  exact = problems.run(problem, dtype=jnp.float32, attend=problems.reference)
+  low = problems.run(problem, dtype=jnp.bfloat16, attend=problems.plain)
+  assert actual.keys() == exact.keys()
+  for name in exact:
+    problems.assert_no_worse(name, actual[name], low[name], exact[name])
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """One warpgroup, and rings so short that they go round several times."""
+  query = mosaic_gpu_walk.Config(warpgroups=1, stages=2, registers=208)
+  key = mosaic_gpu_dkv.Config(warpgroups=1, stages=4, units_per_stage=4, registers=208)
+  monkeypatch.setattr(mosaic_gpu, "query_config", lambda d: query)
+  monkeypatch.setattr(mosaic_gpu, "key_config", lambda d: key)
+  yield
+  gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+INTERPRETED = {  # B, T, H, K, D, block_size, M, and extras
+  "several_tiles": ((1, 77, 16, 1, 64, 16, 5), dict(documents=True)),
+  "tokens_share_a_unit": ((1, 22, 3, 1, 64, 64, 2), dict(offset=120, bias=True)),
+  "a_token_has_two_units": ((1, 9, 32, 1, 64, 32, 2), dict(offset=60)),
+}
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_it_matches_the_reference_without_races(name, small):
+  case, extras = INTERPRETED[name]
+  problem = problems.make(*case, **extras)
+  interpret = plgpu.InterpretGPUParams(detect_races=True)
+  actual = problems.run(
+    problem, dtype=jnp.bfloat16, attend=functools.partial(attend, interpret=interpret)
+  )
+  assert not gpu_callbacks.get_races().races_found
+  assert_matches_reference(problem, actual)
+
+
+PROMISED = [
+  *((heads, 64, 16, {}) for heads in (1, 2, 3, 4, 8, 16, 32)),
+  *((16, d, size, {}) for d in (64, 128) for size in (16, 32, 64, 128)),
+  *((heads, 128, 64, {}) for heads in (4, 32)),
+  (16, 64, 16, dict(documents=True, offset=64, bias=True)),
+  (4, 128, 64, dict(documents=True, offset=64, bias=True)),
+]
+
+
+@pytest.mark.parametrize(
+  ("heads", "d", "block_size", "extras"),
+  PROMISED,
+  ids=lambda x: "_".join(x) if isinstance(x, dict) else str(x),
+)
+def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras):
+  b, t, k, s = 2, 200, 2, 264
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  q, kv = shape((b, t, heads * k, d)), shape((b, s, k, d))
+  bias = jax.ShapeDtypeStruct((b, s, k), jnp.float32) if "bias" in extras else None
+  segments = jax.ShapeDtypeStruct((b, s), jnp.int32) if "documents" in extras else None
+  blocks = jax.ShapeDtypeStruct((b, t, k, 5), jnp.int32)
+  lse = jax.ShapeDtypeStruct((b, t, heads * k), jnp.float32)
+
+  def outputs_and_gradients(q, k, v, bias, blocks, segments, offset, dout, dlse):
+    def of(q, k, v, bias):
+      problem = Problem(q, k, v, blocks, offset, segments, bias)
+      return mosaic_gpu.block_sparse_attention(problem, None, block_size, d**-0.5)
+
+    out, vjp = jax.vjp(of, q, k, v, bias)
+    return out, vjp((dout, dlse))
+
+  offset = jax.ShapeDtypeStruct((), jnp.int32)
+  lowered = export.export(
+    jax.jit(outputs_and_gradients),
+    platforms=["cuda"],
+    disabled_checks=[export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+  )(q, kv, kv, bias, blocks, segments, offset, q, lse)
+  # Forward, dq, dkv, and the two sums of parts.
+  assert lowered.mlir_module().count("custom_call @mosaic_gpu_v2") == 5
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(dtype=jnp.float32), "takes bfloat16, not float32"),
+    (dict(d=96), r"head sizes \(64, 128\), not 96"),
+    (dict(block_size=8), r"blocks of \(16, 32, 64, 128\) keys, not 8"),
+    (dict(heads=33), "up to 32 query heads per key head, not 33"),
+    (dict(), None),
+  ],
+)
+def test_what_it_cannot_take_is_said(change, message):
+  d, heads = change.get("d", 64), change.get("heads", 16)
+  q = jnp.zeros((1, 16, heads, d), change.get("dtype", jnp.bfloat16))
+  k = jnp.zeros((1, 16, 1, d), q.dtype)
+  problem = Problem(q, k, k, jnp.zeros((1, 16, 1, 1), int), jnp.int32(0), None, None)
+  why = mosaic_gpu.why_not(problem, change.get("block_size", 16))
+  if message is None:
+    assert why is None
+  else:
+    assert re.search(message, why)
+
+
+ON_GPU = {  # B, T, H, K, D, block_size, M, and extras
+  "ssa": ((2, 1024, 32, 2, 64, 16, 16), {}),
+  "nosa": ((1, 1024, 32, 2, 128, 64, 8), {}),
+  "everything": ((2, 900, 32, 2, 64, 16, 16), dict(documents=True, offset=300, bias=True)),
+  "everything_at_128": ((1, 500, 8, 2, 128, 64, 4), dict(documents=True, offset=77, bias=True)),
+  **{f"{g}_heads": ((1, 333, g * 2, 2, 64, 16, 6), {}) for g in (1, 2, 3, 4, 8, 16, 32)},
+  **{
+    f"blocks_of_{size}_at_{d}": ((1, 777, 16, 1, d, size, 4), {})
+    for size in (16, 32, 64, 128)
+    for d in (64, 128)
+  },
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu_it_matches_the_reference(name):
+  case, extras = ON_GPU[name]
+  problem = problems.make(*case, **extras)
+  run = functools.partial(
+    problems.run, problem, dtype=jnp.bfloat16, attend=functools.partial(attend, interpret=None)
+  )
+  actual = run()
+  assert_matches_reference(problem, actual)
+  # No sum depends on who came first.
+  for name, value in run().items():
+    np.testing.assert_array_equal(value, actual[name], err_msg=name)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_unlisted_blocks_are_never_read():
+  problem = problems.make(1, 512, 16, 1, 64, 16, 1)
+  q, k, v = (x.astype(jnp.bfloat16) for x in (problem.q, problem.k, problem.v))
+  own_block = (jnp.arange(512) // 16)[None, :, None, None]
+  run = functools.partial(
+    attend, block_size=16, query_offset=0, segments_BS=None, key_bias_BSK=None, interpret=None
+  )
+  clean, _ = run(q, k, v, own_block)
+  nan = jnp.nan
+  poisoned, _ = run(q, k.at[:, :496].set(nan), v.at[:, :496].set(nan), own_block)
+  np.testing.assert_array_equal(clean[:, 496:], poisoned[:, 496:])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_long_runs_of_sinks_are_shared_out():
+  """All queries read the first block: its gradient is the sum over every worker's part."""
+  t = 4096
+  problem = problems.make(1, t, 16, 1, 64, 16, 4)
+  blocks = problem.blocks.at[..., 0].set(0).at[..., 1].set((jnp.arange(t) // 16)[None, :, None])
+  problem = dataclasses.replace(problem, blocks=blocks)
+  actual = problems.run(
+    problem, dtype=jnp.bfloat16, attend=functools.partial(attend, interpret=None)
+  )
+  exact = problems.run(problem, dtype=jnp.float32, implementation="xla")
+  for name in exact:
+    error = jnp.abs(actual[name].astype(jnp.float32) - exact[name]).max()
+    assert error <= 2e-2 * jnp.abs(exact[name]).max(), name
