@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_selection import reference, xla
 
-type Implementation = Literal["reference", "xla"]
+type SelectionImplementation = Literal["reference", "xla"]
 type Rule = Literal["exact", "half_local"]
 
 
@@ -26,7 +26,7 @@ def select_blocks(
   segments_BT: Int[Array, "B T"] | None = None,
   scale: float | None = None,
   rule: Rule = "exact",
-  implementation: Implementation | None = None,
+  implementation: SelectionImplementation | None = None,
 ) -> Int[Array, "B T K M"]:
   """Returns the `num_blocks` best blocks of every query and key head, -1 where fewer exist.
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import devices
+from pallas_kernels.block_sparse_attention import mosaic_gpu, reference, xla
 from pallas_kernels.block_sparse_attention import problem as problems
-from pallas_kernels.block_sparse_attention import reference, xla
 
-type Implementation = Literal["reference", "xla"]
+type AttentionImplementation = Literal["reference", "xla", "mosaic_gpu"]
 
 
 def block_sparse_attention(
@@ -29,7 +30,7 @@ def block_sparse_attention(
   segments_BS: Int[Array, "B S"] | None = None,
   key_bias_BSK: Float[Array, "B S K"] | None = None,
   scale: float | None = None,
-  implementation: Implementation | None = None,
+  implementation: AttentionImplementation | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
   """Returns `(out, lse)`: causal attention restricted to the listed blocks.
 
@@ -52,10 +53,12 @@ def block_sparse_attention(
     key_bias_BSK: added to the scores of each key, after scaling (NOSA's importance,
       arXiv:2510.13602); None is 0.
     scale: factor on the scores; None is D ** -0.5.
-    implementation: None is the fastest one this device supports.
+    implementation: `xla` runs anywhere and is what None means; `mosaic_gpu` on Hopper GPUs,
+      for bfloat16 and the sizes in its file; `reference` is the definition.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit together, or queries beyond the keys.
+    ValueError: shapes or dtypes that do not fit together, queries beyond the keys, or an
+      implementation that cannot take the problem or run on this device.
     KeyError: no such implementation.
   """
   _check(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, query_offset, segments_BS, block_size)
@@ -70,6 +73,10 @@ def block_sparse_attention(
   )
   known_offset = query_offset if isinstance(query_offset, int) else None
   scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+  if implementation == "mosaic_gpu":
+    why_not = mosaic_gpu.why_not(problem, block_size) or devices.why_not_hopper()
+    if why_not is not None:
+      raise ValueError(f"implementation='mosaic_gpu' {why_not}; 'xla' runs anywhere")
   run = _IMPLEMENTATIONS[implementation or "xla"]
   return run(problem, known_offset, block_size, scale)
 
@@ -77,6 +84,7 @@ def block_sparse_attention(
 _IMPLEMENTATIONS = {
   "reference": reference.block_sparse_attention,
   "xla": xla.block_sparse_attention,
+  "mosaic_gpu": mosaic_gpu.block_sparse_attention,
 }
 
 
