@@ -6,7 +6,7 @@ multiprocessor. The units that read the tile stream through a ring, in the order
 their side here, keys down the rows and a unit's 16 queries along the columns.
 
 No two warps write to the same place and every sum has a fixed order, so gradients are the
-same every time. A tile that several workers share has a partial sum of each; `add_parts`
+same every time. A tile that several workers share has a partial sum of each; `mosaic_gpu_parts`
 adds them up.
 
 See `mosaic_gpu_shape` for the letters. More: W windows of 32 units, P pieces of a tile,
@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_inline, mosaic_ring
+from pallas_kernels import mosaic_ring
 from pallas_kernels.block_lists import key_tiles
 from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as walk
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import UNIT, Shape
@@ -424,67 +424,6 @@ class Pair:
         is_seen &= (lax.shift_right_logical(bits, token) & 1) == 1
       parts.append(jnp.where(is_seen, scores[:, part], walk.MASKED))
     return jnp.concatenate(parts, axis=1)
-
-
-def add_parts(
-  sums_YND,
-  tiles: key_tiles.KeyTiles,
-  *,
-  shape: Shape,
-  config: Config,
-  interpret=None,
-) -> jax.Array:
-  """Adds the partial sums of every tile: bfloat16 [B, S, K, D] from float32 [Y, N, D]."""
-  d, num_parts = shape.head_dim, config.keys_per_tile // 64
-  num_tiles = len(tiles.first_worker_X)
-  tiles_per_row = num_tiles // shape.num_rows
-
-  def body(sums_gmem, first_gmem, last_gmem, out_gmem, out_smem):
-    tile, part = lax.axis_index("tile"), lax.axis_index("part")
-    lines = pl.ds(part * 64, 64)
-
-    def add(worker, total):
-      addend = sums_gmem.at[tile + worker, lines, :]
-      if shape.interpreted:
-        return total + addend[...]
-      return total + plgpu.load(addend, layout=mosaic_inline.LAYOUT, optimized=False)
-
-    zero = jnp.zeros((64, d), jnp.float32)
-    if not shape.interpreted:
-      zero = plgpu.layout_cast(zero, mosaic_inline.LAYOUT)
-    total = lax.fori_loop(first_gmem[tile], last_gmem[tile] + 1, add, zero)
-    out_smem[...] = total.astype(jnp.bfloat16)
-    plgpu.commit_smem()
-    row, x = (f(tile, jnp.int32(tiles_per_row)) for f in (lax.div, lax.rem))
-    b, head = shape.batch_and_head(row)
-    keys = pl.ds(x * config.keys_per_tile + part * 64, 64)
-    plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[b, keys, head])
-    plgpu.wait_smem_to_gmem(0)
-
-  return plgpu.kernel(
-    body,
-    out_type=jax.ShapeDtypeStruct(
-      (shape.batch, shape.num_keys, shape.num_kv_heads, d), jnp.bfloat16
-    ),
-    grid=(num_tiles, num_parts),
-    grid_names=("tile", "part"),
-    scratch_types=[walk.tiled((64, d))],
-    interpret=interpret,
-  )(sums_YND, tiles.first_worker_X, tiles.last_worker_X)
-
-
-def add_bias_parts(sums_YN, tiles: key_tiles.KeyTiles, *, shape: Shape) -> jax.Array:
-  """Adds the partial sums of every tile: float32 [B, S, K] from [Y, N]."""
-  y_Y = jnp.arange(sums_YN.shape[0])
-  x_X = jnp.arange(len(tiles.first_worker_X))
-  worker_XY = y_Y[None, :] - x_X[:, None]
-  is_part_XY = worker_XY >= tiles.first_worker_X[:, None]
-  is_part_XY &= worker_XY <= tiles.last_worker_X[:, None]
-  # What no worker wrote may hold anything.
-  sums_YN = jnp.where(is_part_XY.any(0)[:, None], sums_YN, 0.0)
-  total_XN = jnp.dot(is_part_XY.astype(jnp.float32), sums_YN, precision="highest")
-  total_BKS = total_XN.reshape(shape.batch, shape.num_kv_heads, -1)[..., : shape.num_keys]
-  return total_BKS.transpose(0, 2, 1)
 
 
 def lowest(bits):

@@ -21,6 +21,7 @@ import pytest
 from pallas_kernels import block_sparse_attention
 from pallas_kernels.block_sparse_attention import (
   mosaic_gpu,
+  mosaic_gpu_call,
   mosaic_gpu_dkv,
   mosaic_gpu_walk,
 )
@@ -48,8 +49,8 @@ def small(monkeypatch):
   """One warpgroup, and rings so short that they go round several times."""
   query = mosaic_gpu_walk.Config(warpgroups=1, stages=2, registers=208)
   key = mosaic_gpu_dkv.Config(warpgroups=1, stages=4, units_per_stage=4, registers=208)
-  monkeypatch.setattr(mosaic_gpu, "query_config", lambda d: query)
-  monkeypatch.setattr(mosaic_gpu, "key_config", lambda d: key)
+  monkeypatch.setattr(mosaic_gpu_call, "query_config", lambda d: query)
+  monkeypatch.setattr(mosaic_gpu_call, "key_config", lambda d: key)
   yield
   gpu_callbacks.reset_gpu_interpret_mode_state()
 

@@ -1,0 +1,208 @@
+"""A problem as the Hopper kernels want it, and each kernel as a step of its own."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.block_lists import key_tiles, query_tiles, units
+from pallas_kernels.block_sparse_attention import (
+  mosaic_gpu_dkv,
+  mosaic_gpu_dq,
+  mosaic_gpu_forward,
+  mosaic_gpu_parts,
+  mosaic_gpu_walk,
+  packing,
+)
+from pallas_kernels.block_sparse_attention import problem as problems
+from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import STEP, UNIT, Shape
+
+# Multiprocessors of an H100 or H200, where there is no device to ask.
+_NUM_WORKERS = 132
+_LOG2E = 1.4426950408889634
+
+
+def query_config(head_dim: int) -> mosaic_gpu_walk.Config:
+  """How the kernels over query tiles are laid out."""
+  if head_dim == 64:
+    return mosaic_gpu_walk.Config(warpgroups=3, stages=8, registers=160)
+  return mosaic_gpu_walk.Config(warpgroups=2, stages=4, registers=208)
+
+
+def key_config(head_dim: int) -> mosaic_gpu_dkv.Config:
+  """How the kernel over key tiles is laid out."""
+  if head_dim == 64:
+    return mosaic_gpu_dkv.Config(warpgroups=3, stages=8, units_per_stage=4, registers=160)
+  return mosaic_gpu_dkv.Config(warpgroups=2, stages=4, units_per_stage=4, registers=208)
+
+
+class Call:
+  """One problem; its methods are the steps of `mosaic_gpu.block_sparse_attention`.
+
+  Each step takes what it computes from and nothing else, so that it can be timed alone.
+  """
+
+  def __init__(self, problem: problems.Problem, block_size: int, scale: float, interpret=None):
+    (b, t, h, d), (_, s, k, _) = problem.q_BTHD.shape, problem.k_BSKD.shape
+    self.packing = packing.Packing(t, h // k, k)
+    grouping = self.packing.grouping
+    kernel_block = min(block_size, STEP)
+    self._parts_of_block = block_size // kernel_block
+    self._num_blocks = -(-s // block_size) * self._parts_of_block
+    self._query_config, self._key_config = query_config(d), key_config(d)
+    shape = Shape(
+      batch=b,
+      num_kv_heads=k,
+      num_units=grouping.num_units,
+      units_per_token=grouping.units_per_token,
+      tokens_per_unit=grouping.tokens_per_unit,
+      num_keys=s,
+      head_dim=d,
+      block_size=kernel_block,
+      has_bias=problem.key_bias_BSK is not None,
+      interpreted=interpret is not None,
+      num_workers=_num_workers(interpret is not None),
+    )
+    self._shape = shape
+    self._options = dict(shape=shape, scale=scale, interpret=interpret)
+
+  def bounds(self, problem: problems.Problem) -> tuple[jax.Array, jax.Array]:
+    """The first and the last key that each query may see, [B, T] both."""
+    b, t = problem.q_BTHD.shape[:2]
+    position_T = problem.query_offset + jnp.arange(t, dtype=jnp.int32)
+    position_BT = jnp.broadcast_to(position_T[None], (b, t))
+    if problem.segments_BS is None:
+      return jnp.zeros((b, t), jnp.int32), position_BT
+    return _first_keys(problem.segments_BS)[:, position_T], position_BT
+
+  def make_unit_lists(self, blocks_BTKM, bounds) -> units.UnitLists:
+    first_BT, position_BT = bounds
+    return units.unit_lists(
+      _split_blocks(blocks_BTKM, self._parts_of_block),
+      first_BT,
+      position_BT[0],
+      grouping=self.packing.grouping,
+      block_size=self._shape.block_size,
+      num_blocks=self._num_blocks,
+    )
+
+  def make_query_tiles(self, lists: units.UnitLists) -> query_tiles.QueryTiles:
+    return query_tiles.query_tiles(
+      lists,
+      units_per_tile=self._query_config.units_per_tile,
+      num_blocks=self._num_blocks,
+    )
+
+  def make_key_tiles(self, lists: units.UnitLists) -> key_tiles.KeyTiles:
+    return key_tiles.key_tiles(
+      lists,
+      block_size=self._shape.block_size,
+      num_blocks=self._num_blocks,
+      keys_per_tile=self._key_config.keys_per_tile,
+      num_workers=self._shape.num_workers,
+      has_tokens=self._shape.has_tokens,
+    )
+
+  def make_walk_lists(
+    self, problem, tiles: query_tiles.QueryTiles, bounds
+  ) -> mosaic_gpu_walk.Lists:
+    """What the kernels over query tiles read besides queries."""
+    first_BL, position_BL = (self._whole_tiles(self.packing.token_lines(x)) for x in bounds)
+    return mosaic_gpu_walk.Lists(
+      problem.k_BSKD,
+      problem.v_BSKD,
+      tiles.union_RXC,
+      tiles.count_RX,
+      tiles.entries_RUE,
+      first_BL,
+      position_BL,
+      tiles.tokens_RUE if self._shape.has_tokens else None,
+      _by_head(problem.key_bias_BSK),
+    )
+
+  def forward(self, q_BVXD, lists: mosaic_gpu_walk.Lists) -> tuple[jax.Array, jax.Array]:
+    """Packed output, and lse by lines."""
+    return mosaic_gpu_forward.forward(q_BVXD, lists, config=self._query_config, **self._options)
+
+  def dq(self, q_BVXD, dout_BVXD, lse_RL, delta_RL, lists: mosaic_gpu_walk.Lists) -> jax.Array:
+    """Packed gradient of queries."""
+    return mosaic_gpu_dq.dq(
+      q_BVXD,
+      dout_BVXD,
+      self._whole_tiles(lse_RL),
+      self._whole_tiles(delta_RL),
+      lists,
+      config=self._query_config,
+      **self._options,
+    )
+
+  def line_numbers(self, lse_RL, delta_RL, bounds) -> jax.Array:
+    """What the kernel over key tiles knows of each row of queries, [R, U, 64]."""
+    heads = self._shape.num_kv_heads
+    first_RL, position_RL = (
+      jnp.repeat(self.packing.token_lines(x), heads, axis=0).astype(jnp.float32) for x in bounds
+    )
+    lines = lse_RL * _LOG2E, delta_RL, first_RL, position_RL
+    return jnp.concatenate([x.reshape(x.shape[0], -1, UNIT) for x in lines], axis=-1)
+
+  def dkv(self, q_BVXD, dout_BVXD, numbers_RUC, problem, tiles: key_tiles.KeyTiles):
+    """Partial sums of the gradients of keys, values and biases."""
+    return mosaic_gpu_dkv.dkv(
+      q_BVXD,
+      dout_BVXD,
+      numbers_RUC,
+      problem.k_BSKD,
+      problem.v_BSKD,
+      _by_head(problem.key_bias_BSK),
+      tiles,
+      config=self._key_config,
+      **self._options,
+    )
+
+  def add_parts(self, sums: mosaic_gpu_dkv.Sums, tiles: key_tiles.KeyTiles):
+    """Gradients of keys, values and biases (None where there are no biases)."""
+    dk_BSKD, dv_BSKD = (
+      mosaic_gpu_parts.add_parts(
+        x,
+        tiles,
+        shape=self._shape,
+        keys_per_tile=self._key_config.keys_per_tile,
+        interpret=self._options["interpret"],
+      )
+      for x in (sums.dk_YND, sums.dv_YND)
+    )
+    if sums.dbias_YN is None:
+      return dk_BSKD, dv_BSKD, None
+    dbias_BSK = mosaic_gpu_parts.add_bias_parts(sums.dbias_YN, tiles, shape=self._shape)
+    return dk_BSKD, dv_BSKD, dbias_BSK
+
+  def _whole_tiles(self, x_RL):
+    """Numbers of lines, padded to whole tiles of units."""
+    lines = self._query_config.units_per_tile * UNIT
+    return jnp.pad(x_RL, [(0, 0), (0, -x_RL.shape[1] % lines)])
+
+
+def _by_head(bias_BSK):
+  return None if bias_BSK is None else bias_BSK.astype(jnp.float32).transpose(0, 2, 1)
+
+
+def _split_blocks(blocks_BTKM, parts: int):
+  """Lists of blocks a `parts`-th as large."""
+  if parts == 1:
+    return blocks_BTKM
+  split = blocks_BTKM[..., None] * parts + jnp.arange(parts)[None, None, None, None]
+  # All parts of -1 must stay below 0, and those of large numbers must not wrap around.
+  is_there = (blocks_BTKM >= 0) & (blocks_BTKM < 2**24)
+  split = jnp.where(is_there[..., None], split, -1)
+  return split.reshape(*blocks_BTKM.shape[:-1], -1)
+
+
+def _first_keys(segments_BS):
+  """The first position of the run of equal segments that each position is in."""
+  index_S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)
+  begins_BS = jnp.diff(segments_BS, axis=1, prepend=segments_BS[:, :1] - 1) != 0
+  return jax.lax.cummax(jnp.where(begins_BS, index_S[None], 0), axis=1)
+
+
+def _num_workers(interpreted: bool) -> int:
+  if interpreted:
+    return 2
+  return getattr(jax.devices()[0], "core_count", None) or _NUM_WORKERS
