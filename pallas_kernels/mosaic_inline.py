@@ -16,6 +16,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 import numpy as np
 
+from pallas_kernels import mosaic_thread as thread
+
 PIECE = 16
 LAYOUT = plgpu.Layout.WGMMA
 # How arrays that take part in products lie in shared memory: tiles of 8 x 64 bfloat16, the
@@ -37,8 +39,10 @@ def load_rows(ref):
   )
   def load(context, ref):
     del context
-    place = _add(_smem_address(ref), arith.muli(_warp(), _i32(2 * _row_bytes(d))))
-    place = _add(place, _lane_offset(d, rows_first=True))
+    place = thread.add(
+      thread.smem_address(ref), thread.multiply(thread.warp(), 2 * _row_bytes(d))
+    )
+    place = thread.add(place, _lane_offset(d, rows_first=True))
     pair = ir.VectorType.get((2,), ir.BF16Type.get())
     registers = [
       mgpu_utils.bitcast(quarter, pair)
@@ -60,11 +64,11 @@ def products(rows, ref, pieces):
   def multiply(context, rows, ref, *pieces):
     del context
     left = _left_operands(rows)
-    place = _add(_smem_address(ref), _lane_offset(d, rows_first=False))
+    place = thread.add(thread.smem_address(ref), _lane_offset(d, rows_first=False))
     zero = mgpu_utils.c(0.0, ir.F32Type.get())
     sums = []
     for piece in pieces:
-      here = _add(place, arith.muli(_value(piece), _i32(2 * _row_bytes(d))))
+      here = thread.add(place, thread.multiply(thread.value(piece), 2 * _row_bytes(d)))
       low, high = [zero] * 4, [zero] * 4
       for k in range(d // 16):
         right = _ldmatrix(_at_column(here, k), k)
@@ -86,10 +90,10 @@ def add_products(total, weights, ref, pieces):
   def multiply(context, total, weights, ref, *pieces):
     del context
     left = _left_operands(weights)
-    place = _add(_smem_address(ref), _lane_offset(d, rows_first=True))
+    place = thread.add(thread.smem_address(ref), _lane_offset(d, rows_first=True))
     sums = _float_registers(total)
     for k, piece in enumerate(pieces):
-      here = _add(place, arith.muli(_value(piece), _i32(2 * _row_bytes(d))))
+      here = thread.add(place, thread.multiply(thread.value(piece), 2 * _row_bytes(d)))
       for column in range(d // 16):
         right = _ldmatrix(_at_column(here, column), column, transposed=True)
         for half in range(2):
@@ -111,12 +115,13 @@ def columns(ref, places):
   def load(context, ref, *scalars):
     del context
     # Lane l holds columns 2 (l % 4) and the next of each 16 x 8 half.
-    place = _add(_smem_address(ref), arith.muli(_bits(_lane(), 0, 3), _i32(8)))
+    pair = thread.bits(thread.lane(), 0, 3)
+    place = thread.add(thread.smem_address(ref), thread.multiply(pair, 8))
     f32 = ir.F32Type.get()
     halves = []
     for row, start in zip(scalars[:n], scalars[n:], strict=True):
-      index = _add(arith.muli(_value(row), _i32(width)), _value(start))
-      here = _add(place, arith.muli(index, _i32(4)))
+      index = thread.add(thread.multiply(thread.value(row), width), thread.value(start))
+      here = thread.add(place, thread.multiply(index, 4))
       for half in range(2):
         first, second = mgpu_utils.inline_ptx(
           f"ld.shared.v2.f32 {{$0, $1}}, [$2 + {32 * half}];",
@@ -131,20 +136,20 @@ def columns(ref, places):
 
 
 def warp_index():
-  return _scalars(1, (), lambda: [_warp()])[0]
+  return _scalars(1, (), lambda: [thread.warp()])[0]
 
 
 def words(ref, start, num_words):
   width = ref.shape[-1] if len(ref.shape) == 2 else PIECE
 
   def load(ref, start):
-    index = _add(arith.muli(_warp(), _i32(width)), _value(start))
-    place = _add(_smem_address(ref), arith.muli(index, _i32(4)))
+    index = thread.add(thread.multiply(thread.warp(), width), thread.value(start))
+    place = thread.add(thread.smem_address(ref), thread.multiply(index, 4))
     return [
       mgpu_utils.inline_ptx(
         f"ld.shared.b32 $0, [$1 + {4 * i}];",
         place,
-        result_types=ir.IntegerType.get_signless(32),
+        result_types=thread.int32(),
         has_side_effects=True,
       )
       for i in range(num_words)
@@ -155,17 +160,17 @@ def words(ref, start, num_words):
 
 def ballot(ref, start, bit):
   def vote(ref, start, bit):
-    word = _load_of_lane(ref, _value(start))
-    is_set = _bits(arith.shrui(word, _value(bit)), 0, 1)
+    word = _load_of_lane(ref, thread.value(start))
+    is_set = thread.bits(arith.shrui(word, thread.value(bit)), 0, 1)
     ptx = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }"
-    return [_convergent(ptx, is_set)]
+    return [thread.convergent(ptx, is_set)]
 
   return _scalars(1, (_PLAIN, _SCALAR, _SCALAR), vote)(ref, start, bit)[0]
 
 
 def lane_load(ref, start):
   def load(ref, start):
-    return [_load_of_lane(ref, _value(start))]
+    return [_load_of_lane(ref, thread.value(start))]
 
   return _scalars(1, (_PLAIN, _SCALAR), load)(ref, jnp.int32(start))[0]
 
@@ -173,7 +178,7 @@ def lane_load(ref, start):
 def of_lane(x, lane):
   def shuffle(x, lane):
     ptx = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
-    return [_convergent(ptx, _value(x), _value(lane))]
+    return [thread.convergent(ptx, thread.value(x), thread.value(lane))]
 
   return _scalars(1, (_SCALAR, _SCALAR), shuffle)(x, jnp.int32(lane))[0]
 
@@ -190,35 +195,6 @@ def _scalars(num_results, arg_types, function):
   return run if arg_types else run()
 
 
-def _i32(value: int):
-  return mgpu_utils.c(value, ir.IntegerType.get_signless(32))
-
-
-def _add(a, b):
-  return arith.addi(a, b)
-
-
-def _bits(x, shift: int, mask: int):
-  shifted = arith.shrui(x, _i32(shift)) if shift else x
-  return arith.andi(shifted, _i32(mask))
-
-
-def _value(x: mgpu.FragmentedArray):
-  return x.registers.item()
-
-
-def _lane():
-  return _bits(mgpu_utils.thread_idx(), 0, 31)
-
-
-def _warp():
-  return _bits(mgpu_utils.warp_idx(), 0, 3)
-
-
-def _smem_address(ref):
-  return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu_utils.memref_ptr(ref))
-
-
 def _row_bytes(d: int) -> int:
   """Bytes of 8 rows of D elements: a row of tiles."""
   return _TILE_BYTES * (d // 64)
@@ -229,18 +205,22 @@ def _lane_offset(d: int, *, rows_first: bool):
 
   Quarters are numbered down the rows first, or along the columns first.
   """
-  lane = _lane()
-  row, second, fourth = _bits(lane, 0, 7), _bits(lane, 3, 1), _bits(lane, 4, 1)
+  lane = thread.lane()
+  row, second, fourth = (
+    thread.bits(lane, 0, 7),
+    thread.bits(lane, 3, 1),
+    thread.bits(lane, 4, 1),
+  )
   lower, right = (second, fourth) if rows_first else (fourth, second)
   # The swizzle exchanges the chunks of 16 bytes of row r by r's last three bits.
   chunk = arith.xori(right, row)
-  offset = _add(arith.muli(lower, _i32(_row_bytes(d))), arith.muli(row, _i32(128)))
-  return _add(offset, arith.muli(chunk, _i32(16)))
+  offset = thread.add(thread.multiply(lower, _row_bytes(d)), thread.multiply(row, 128))
+  return thread.add(offset, thread.multiply(chunk, 16))
 
 
 def _at_column(place, k: int):
   """The address for columns 16 k to 16 k + 15 within their tile (see `_ldmatrix`)."""
-  return place if k % 4 == 0 else arith.xori(place, _i32(32 * (k % 4)))
+  return place if k % 4 == 0 else arith.xori(place, thread.i32(32 * (k % 4)))
 
 
 def _ldmatrix(place, k: int, *, transposed: bool = False):
@@ -250,7 +230,7 @@ def _ldmatrix(place, k: int, *, transposed: bool = False):
     f"ldmatrix.sync.aligned.m8n8.x4{way}.shared.b16 "
     f"{{$0, $1, $2, $3}}, [$4 + {_TILE_BYTES * (k // 4)}];",
     place,
-    result_types=[ir.IntegerType.get_signless(32)] * 4,
+    result_types=[thread.int32()] * 4,
     # Reads what copies write: it must not move across the waits for them.
     has_side_effects=True,
     convergent=True,
@@ -269,32 +249,22 @@ def _mma(sums, left, right):
   )
 
 
-def _convergent(ptx, *args):
-  return mgpu_utils.inline_ptx(
-    ptx,
-    *args,
-    result_types=ir.IntegerType.get_signless(32),
-    has_side_effects=True,
-    convergent=True,
-  )
-
-
 def _load_of_lane(ref, start):
   """Element `start + lane` of an int32 GMEM vector."""
   i64 = ir.IntegerType.get_signless(64)
   base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
-  offset = arith.extui(i64, arith.muli(_add(start, _lane()), _i32(4)))
+  offset = arith.extui(i64, thread.multiply(thread.add(start, thread.lane()), 4))
   return mgpu_utils.inline_ptx(
     "ld.global.nc.b32 $0, [$1];",
     arith.addi(base, offset),
-    result_types=ir.IntegerType.get_signless(32),
+    result_types=thread.int32(),
     has_side_effects=True,
   )
 
 
 def _left_operands(x: mgpu.FragmentedArray):
   """The four registers of every 16 columns of a bfloat16 array."""
-  i32 = ir.IntegerType.get_signless(32)
+  i32 = thread.int32()
   registers = [mgpu_utils.bitcast(r, i32) for r in x.registers.flat]
   return [registers[i : i + 4] for i in range(0, len(registers), 4)]
 
@@ -316,7 +286,7 @@ def _float_array(tiles, shape) -> mgpu.FragmentedArray:
     for half in (tile[:2], tile[2:]):
       register = llvm.mlir_undef(pair)
       for i, number in enumerate(half):
-        register = llvm.insertelement(register, number, position=_i32(i))
+        register = llvm.insertelement(register, number, position=thread.i32(i))
       registers.append(register)
   return _array(registers, shape)
 
