@@ -1,17 +1,22 @@
 """From queries and keys to the list of key blocks that each query reads.
 
 Shape letters, used in every file of this folder:
-  B batch   T queries and keys   N = ceil(T / block_size) key blocks
+  B batch   T queries   S keys   N = ceil(S / block_size) key blocks   W windows of keys
   H query heads   K key/value heads   G = H // K   D head size
   M blocks per query (shared by the G heads of a group; -1 marks an empty slot)
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_selection import reference, xla
+from pallas_kernels.block_selection import by_key, plan, reference, xla
+from pallas_kernels.block_selection import pooling as poolings
+from pallas_kernels.block_selection.pooling import Pooling
+from pallas_kernels.block_selection.problem import Problem, Rules
 
 type SelectionImplementation = Literal["reference", "xla"]
 type Rule = Literal["exact", "half_local"]
@@ -19,73 +24,140 @@ type Rule = Literal["exact", "half_local"]
 
 def select_blocks(
   q_BTHD: Float[Array, "B T H D"],
-  k_BTKD: Float[Array, "B T K D"],
+  k_BSKD: Float[Array, "B S K D"],
   *,
   block_size: int,
   num_blocks: int,
-  segments_BT: Int[Array, "B T"] | None = None,
+  query_offset: int | Int[Array, ""] = 0,
+  segments_BS: Int[Array, "B S"] | None = None,
   scale: float | None = None,
   rule: Rule = "exact",
+  num_initial: int = 0,
+  num_local: int = 1,
+  pooling: Pooling | None = None,
+  key_score_BSK: Float[Array, "B S K"] | None = None,
+  num_by_query: int | None = None,
   implementation: SelectionImplementation | None = None,
 ) -> Int[Array, "B T K M"]:
   """Returns the `num_blocks` best blocks of every query and key head, -1 where fewer exist.
 
-  A block is represented by the mean of its keys. Each query head turns its scores with the
-  blocks that are complete at its position into a softmax; the probabilities are summed over
-  the heads of a group, and the best blocks before the query's own are taken. The query's
-  own block always is. Equal scores are decided for the lower block. This is the selection
-  of SSA (arXiv:2511.20102, section 4.1 and released code).
+  Windows of keys are represented by their means. Each query head turns its scores with the
+  windows that are complete at its position into a softmax; the probabilities are summed
+  over the heads of a group. A block's score is that of its window, or the largest of its
+  windows (see `Pooling`). Forced blocks are in: the first `num_initial` and the last
+  `num_local`, the query's own among them. The best of the others fill the list. Equal
+  scores are decided for the lower block. With whole blocks as windows this is the selection
+  of SSA (arXiv:2511.20102, section 4.1 and released code), with `pooling.infllm_v2` that of
+  InfLLM-V2 (arXiv:2509.24663).
 
-  With segments, a query sees only blocks whose last key lies in its own document, and a
-  block's mean covers only the keys of the document of its last key: what lies before is
-  hidden from every query that can see the block. Segments must be runs.
+  With scores of keys, queries choose `num_by_query` blocks so, forced ones among them. Then
+  the rest is chosen by the blocks' mean scores of keys, pooled over the same windows: the
+  selection of NOSA (arXiv:2510.13602), whose lists change little from query to query.
+
+  With segments, a query sees only blocks and windows whose last key lies in its own
+  document, and a mean covers only the keys of the document of its last key: what lies
+  before is hidden from every query that can see it. Segments must be runs. The first
+  blocks are then the first of the document.
 
   Lists are in no particular order and carry no gradient.
 
   Args:
-    q_BTHD, k_BTKD: queries and keys, positions encoded.
+    q_BTHD, k_BSKD: queries and keys, positions encoded.
     block_size: keys per block.
     num_blocks: M.
-    segments_BT: document of each position; None is one document.
+    query_offset: position of the first query, when queries come in chunks.
+    segments_BS: document of each position; None is one document.
     scale: factor on the scores; None is D ** -0.5.
     rule: `exact`: the best of all blocks; `half_local`: the best M/2 blocks among the
       M-aligned run of blocks that the query's own is in, and the best M/2 before it. The
       latter is what SSA's released kernel computes where block_size = M.
+    num_initial, num_local: forced blocks.
+    pooling: windows; None is whole blocks.
+    key_score_BSK: of each key (NOSA's importance before the exponential).
+    num_by_query: with scores of keys, how many blocks queries choose.
     implementation: None is the fastest one this device supports.
 
   Raises:
-    ValueError: shapes that do not fit together, or an odd M under `half_local`.
+    ValueError: shapes or numbers that do not fit together; the message names them.
     KeyError: no such rule or implementation.
   """
-  _check(q_BTHD, k_BTKD, segments_BT, block_size, num_blocks, rule)
-  scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
-  run = _IMPLEMENTATIONS[implementation or "xla"]
-  q_BTHD, k_BTKD = jax.lax.stop_gradient((q_BTHD, k_BTKD))
-  return run(
-    q_BTHD,
-    k_BTKD,
-    segments_BT,
+  problem = Problem(
+    q_BTHD, k_BSKD, jnp.asarray(query_offset, jnp.int32), segments_BS, key_score_BSK
+  )
+  rules = Rules(
     block_size=block_size,
     num_blocks=num_blocks,
-    scale=scale,
+    num_by_query=num_blocks if num_by_query is None else num_by_query,
+    num_initial=num_initial,
+    num_local=num_local,
+    pooling=poolings.whole_blocks(block_size) if pooling is None else pooling,
     rule=rule,
+    scale=q_BTHD.shape[-1] ** -0.5 if scale is None else scale,
   )
+  _check_arrays(problem, query_offset)
+  _check_rules(rules, has_key_scores=key_score_BSK is not None)
+  if (key_score_BSK is None) != (num_by_query is None):
+    raise ValueError("key_score and num_by_query belong together; give both or neither")
+  problem = jax.lax.stop_gradient(problem)
+  if implementation == "reference":
+    return reference.select_blocks(problem, rules)
+  choose = _IMPLEMENTATIONS[implementation or "xla"]
+  bounds = plan.bounds(problem, rules)
+  chosen = choose(problem, rules, bounds, plan.spans(bounds, rules))
+  lists_BTKQ = plan.assemble(chosen, bounds, rules)
+  if key_score_BSK is None:
+    return lists_BTKQ
+  return by_key.fill(lists_BTKQ, problem, rules, bounds)
 
 
-_IMPLEMENTATIONS = {"reference": reference.select_blocks, "xla": xla.select_blocks}
+_IMPLEMENTATIONS: dict[str, Callable] = {"xla": xla.choose}
 
 
-def _check(q_BTHD, k_BTKD, segments_BT, block_size, num_blocks, rule):
-  (b, t, h, d), k = q_BTHD.shape, k_BTKD.shape[2]
-  if k_BTKD.shape != (b, t, k, d):
-    raise ValueError(f"keys must be {(b, t, k, d)}, got {k_BTKD.shape}")
+def _check_arrays(problem: Problem, query_offset) -> None:
+  q_BTHD, k_BSKD, _, segments_BS, key_score_BSK = problem
+  (b, t, h, d), (_, s, k, _) = q_BTHD.shape, k_BSKD.shape
+  if k_BSKD.shape != (b, s, k, d):
+    raise ValueError(f"keys must be {(b, s, k, d)}, got {k_BSKD.shape}")
   if h % k:
     raise ValueError(f"{h} query heads do not group over {k} key heads")
-  if block_size < 1 or num_blocks < 1:
-    raise ValueError(f"{block_size=} and {num_blocks=} must be at least 1")
-  if rule not in ("exact", "half_local"):
-    raise KeyError(f"no selection rule {rule!r}: exact or half_local")
-  if rule == "half_local" and num_blocks % 2:
-    raise ValueError(f"{num_blocks=} must be even for rule='half_local'")
-  if segments_BT is not None and segments_BT.shape != (b, t):
-    raise ValueError(f"segments must be {(b, t)}, got {segments_BT.shape}")
+  last = t + query_offset if isinstance(query_offset, int) else t
+  if last > s or (isinstance(query_offset, int) and query_offset < 0):
+    raise ValueError(
+      f"{t} queries from {query_offset=} on do not lie within {s} keys; a query is at the "
+      "position of a key"
+    )
+  if segments_BS is not None and segments_BS.shape != (b, s):
+    raise ValueError(f"segments must be {(b, s)}, got {segments_BS.shape}")
+  if key_score_BSK is not None and key_score_BSK.shape != (b, s, k):
+    raise ValueError(f"scores of keys must be {(b, s, k)}, got {key_score_BSK.shape}")
+
+
+def _check_rules(rules: Rules, *, has_key_scores: bool) -> None:
+  size, m, pooling = rules.block_size, rules.num_blocks, rules.pooling
+  if size < 1 or m < 1 or rules.num_local < 1 or rules.num_initial < 0:
+    raise ValueError(
+      f"block_size={size}, num_blocks={m} and num_local={rules.num_local} must be at least "
+      f"1, num_initial={rules.num_initial} at least 0"
+    )
+  forced = rules.num_initial + rules.num_local
+  if forced > rules.num_by_query or rules.num_by_query > m:
+    raise ValueError(
+      f"{forced} forced blocks, {rules.num_by_query} that queries choose (forced ones among "
+      f"them) and {m} in all must not descend"
+    )
+  if min(pooling.size, pooling.stride, pooling.count) < 1 or size % pooling.stride:
+    raise ValueError(f"windows {pooling} do not divide blocks of {size} keys into strides")
+  if has_key_scores and pooling.reach() > rules.num_local * size + 1:
+    raise ValueError(
+      f"windows {pooling} reach {pooling.reach()} keys from the beginning of a block, beyond "
+      f"what a query can see of one that is not forced; raise num_local={rules.num_local}"
+    )
+  if rules.rule not in ("exact", "half_local"):
+    raise KeyError(f"no selection rule {rules.rule!r}: exact or half_local")
+  if rules.rule == "half_local":
+    if m % 2:
+      raise ValueError(f"num_blocks={m} must be even for rule='half_local'")
+    if rules.num_initial or rules.num_local > 1 or has_key_scores:
+      raise ValueError(
+        "rule='half_local' takes neither num_initial, num_local above 1, nor scores of keys"
+      )

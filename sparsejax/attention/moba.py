@@ -42,7 +42,7 @@ class Moba(nn.Module):
         block_size=options.block_size,
         # A row shorter than the budget is read whole.
         num_blocks=min(options.num_blocks, -(-q_BTHD.shape[1] // options.block_size)),
-        segments_BT=segments_BT,
+        segments_BS=segments_BT,
         rule=options.selection,
         implementation=implementation,
       )

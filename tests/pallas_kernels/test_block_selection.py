@@ -1,5 +1,7 @@
 """Block selection against a transcription of its definition in plain numpy."""
 
+import functools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -8,12 +10,23 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels.block_selection import xla
+from pallas_kernels.block_selection import by_key, plan, xla
+from pallas_kernels.block_selection import pooling as poolings
+from pallas_kernels.block_selection.problem import Problem, Rules
 
 # One program instead of a hundred small ones.
 select_blocks = jax.jit(
   pallas_kernels.select_blocks,
-  static_argnames=("block_size", "num_blocks", "rule", "implementation"),
+  static_argnames=(
+    "block_size",
+    "num_blocks",
+    "rule",
+    "num_initial",
+    "num_local",
+    "pooling",
+    "num_by_query",
+    "implementation",
+  ),
 )
 
 IMPLEMENTATIONS = ("reference", "xla")
@@ -38,46 +51,90 @@ def documents(b, t, seed=0):
   return np.cumsum(rng.random((b, t)) < 0.15, axis=1) + 1
 
 
-def expected_lists(q, k, block_size, num_blocks, segments=None):
+def expected_lists(
+  q,
+  k,
+  block_size,
+  num_blocks,
+  segments=None,
+  *,
+  offset=0,
+  num_initial=0,
+  num_local=1,
+  pooling=None,
+  key_score=None,
+  num_by_query=None,
+):
   """Lists by one query, one head and one block at a time."""
   q, k = np.float64(q), np.float64(k)
-  (b, t, h, d), num_kv = q.shape, k.shape[2]
+  (b, t, h, d), (s, num_kv) = q.shape, k.shape[1:3]
   group = h // num_kv
-  segments = np.ones((b, t), int) if segments is None else segments
+  segments = np.ones((b, s), int) if segments is None else segments
+  size, stride, first, count = (
+    (block_size, block_size, 0, 1)
+    if pooling is None
+    else (pooling.size, pooling.stride, pooling.first, pooling.count)
+  )
   lists = np.full((b, t, num_kv, num_blocks), -1)
   for row in range(b):
-    for position in range(t):
+    for query in range(t):
+      position = query + offset
+      document = segments[row, position]
       own = position // block_size
+      visible = [
+        n for n in range(own) if segments[row, (n + 1) * block_size - 1] == document
+      ] + [own]
+      # Complete windows of the document, and the keys that they average.
+      windows = {
+        j: [x for x in range(j * stride, j * stride + size) if segments[row, x] == document]
+        for j in range(s)
+        if j * stride + size - 1 <= position
+        and segments[row, j * stride + size - 1] == document
+      }
+      of_block = {
+        n: [
+          j
+          for j in range(
+            n * block_size // stride + first, n * block_size // stride + first + count
+          )
+          if j in windows
+        ]
+        for n in visible
+      }
+      forced = {*visible[:num_initial], *(n for n in visible if n > own - num_local)}
       for head in range(num_kv):
-        scores = {}
-        for block in range((position + 1) // block_size):
-          last = min((block + 1) * block_size, t) - 1
-          if segments[row, last] == segments[row, position]:
-            members = [
-              s
-              for s in range(block * block_size, last + 1)
-              if segments[row, s] == segments[row, last]
-            ]
-            scores[block] = k[row, members, head].mean(0)
-        importance = dict.fromkeys(scores, 0.0)
+        sums = dict.fromkeys(windows, 0.0)
         for q_head in range(head * group, (head + 1) * group):
           exponentials = {
-            block: np.exp(q[row, position, q_head] @ mean * d**-0.5)
-            for block, mean in scores.items()
+            j: np.exp(q[row, query, q_head] @ k[row, keys, head].mean(0) * d**-0.5)
+            for j, keys in windows.items()
           }
           total = sum(exponentials.values())
-          for block, value in exponentials.items():
-            importance[block] += value / total
-        past = sorted(
-          (block for block in importance if block < own), key=lambda n: -importance[n]
-        )
-        chosen = [own, *past][:num_blocks]
-        lists[row, position, head, : len(chosen)] = chosen
+          for j, value in exponentials.items():
+            sums[j] += value / total
+        by_query = {n: max((sums[j] for j in of_block[n]), default=0.0) for n in visible}
+        ranked = sorted(visible, key=lambda n: (n not in forced, -by_query[n], n))
+        chosen = ranked[: num_blocks if num_by_query is None else num_by_query]
+        if key_score is not None:
+          by_key = {
+            n: max(
+              (key_score[row, windows[j], head].mean() for j in of_block[n]), default=-np.inf
+            )
+            for n in visible
+          }
+          rest = [n for n in visible if n not in chosen]
+          rest = sorted(rest, key=lambda n: (-by_key[n], n))
+          chosen = chosen + rest[: num_blocks - len(chosen)]
+        lists[row, query, head, : len(chosen)] = chosen
   return lists
 
 
+def flat(lists):
+  return np.asarray(lists).reshape(-1, lists.shape[-1])
+
+
 def as_sets(lists):
-  return [set(entry[entry >= 0]) for entry in np.asarray(lists).reshape(-1, lists.shape[-1])]
+  return [set(entry[entry >= 0]) for entry in flat(lists)]
 
 
 @pytest.mark.parametrize("with_documents", [False, True], ids=["one_document", "documents"])
@@ -92,11 +149,137 @@ def test_matches_the_definition(case, implementation, with_documents):
     keys,
     block_size=block_size,
     num_blocks=m,
-    segments_BT=None if segments is None else jnp.asarray(segments),
+    segments_BS=None if segments is None else jnp.asarray(segments),
     implementation=implementation,
   )
   assert lists.shape == (b, t, k, m)
   assert as_sets(lists) == as_sets(expected_lists(q, keys, block_size, m, segments))
+
+
+OPTIONS = {
+  "forced": (8, dict(num_blocks=5, num_initial=2, num_local=2)),
+  "windows": (8, dict(num_blocks=4, num_local=2, pooling=poolings.infllm_v2(8))),
+  "windows_as_printed": (8, dict(num_blocks=4, pooling=poolings.Pooling(4, 2, 0, 5))),
+  "windows_of_several_blocks": (4, dict(num_blocks=4, pooling=poolings.Pooling(12, 2, -1, 3))),
+  "key_scores": (8, dict(num_blocks=5, num_by_query=2)),
+  "nosa": (
+    8,
+    dict(
+      num_blocks=6,
+      num_by_query=4,
+      num_initial=1,
+      num_local=2,
+      pooling=poolings.infllm_v2(8),
+    ),
+  ),
+}
+
+
+@pytest.mark.parametrize("with_documents", [False, True], ids=["one_document", "documents"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_matches_the_definition(case, implementation, with_documents):
+  block_size, options = case
+  b, t, h, k, d = 2, 77, 4, 2, 8
+  q, keys = make_problem(b, t, h, k, d, seed=3)
+  segments = documents(b, t, seed=5) // 2 if with_documents else None
+  key_score = None
+  if "num_by_query" in options:
+    key_score = np.random.default_rng(0).standard_normal((b, t, k)).astype(np.float32)
+  lists = select_blocks(
+    q,
+    keys,
+    block_size=block_size,
+    segments_BS=None if segments is None else jnp.asarray(segments),
+    key_score_BSK=None if key_score is None else jnp.asarray(key_score),
+    implementation=implementation,
+    **options,
+  )
+  expected = expected_lists(
+    q, keys, block_size, segments=segments, key_score=key_score, **options
+  )
+  assert as_sets(lists) == as_sets(expected)
+  assert all(len(x) == (y >= 0).sum() for x, y in zip(as_sets(lists), flat(lists), strict=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["forced", "nosa"])
+def test_queries_in_chunks_choose_as_at_once(name, implementation):
+  block_size, options = OPTIONS[name]
+  q, keys = make_problem(2, 60, 4, 2, 8)
+  segments = jnp.asarray(documents(2, 60) // 3)
+  if "num_by_query" in options:
+    options = options | dict(key_score_BSK=jax.random.normal(jax.random.key(9), (2, 60, 2)))
+  run = functools.partial(
+    select_blocks,
+    k_BSKD=keys,
+    block_size=block_size,
+    segments_BS=segments,
+    implementation=implementation,
+    **options,
+  )
+  whole = run(q)
+  parts = [run(q[:, i : i + 15], query_offset=jnp.int32(i)) for i in range(0, 60, 15)]
+  np.testing.assert_array_equal(whole, jnp.concatenate(parts, axis=1))
+
+
+@pytest.mark.parametrize("pooling", [poolings.whole_blocks(4), poolings.infllm_v2(8)])
+def test_the_windows_that_a_query_sees_are_counted_exactly(pooling):
+  segments = documents(3, 50)
+  problem = Problem(
+    jnp.zeros((3, 43, 1, 4)),
+    jnp.zeros((3, 50, 1, 4)),
+    jnp.int32(7),
+    jnp.asarray(segments),
+    None,
+  )
+  rules = Rules(
+    block_size=8,
+    num_blocks=2,
+    num_by_query=2,
+    num_initial=0,
+    num_local=1,
+    pooling=pooling,
+    rule="exact",
+    scale=1.0,
+  )
+  bounds = jax.tree.map(np.asarray, plan.bounds(problem, rules))
+  for row in range(3):
+    for query in range(43):
+      seen = [
+        j
+        for j in range(50)
+        if (last := j * pooling.stride + pooling.size - 1) <= query + 7
+        and segments[row, last] == segments[row, query + 7]
+      ]
+      begin, end = bounds.first_window[row, query], bounds.end_window[row, query]
+      assert list(range(begin, end)) == seen
+
+
+def test_many_blocks_are_ranked_by_key_in_parts(monkeypatch):
+  q, keys = make_problem(1, 64, 2, 1, 4)
+  score = jax.random.normal(jax.random.key(1), (1, 64, 1))
+  run = functools.partial(
+    pallas_kernels.select_blocks, q, keys, block_size=4, num_blocks=5, num_by_query=2
+  )
+  whole = run(key_score_BSK=score)
+  monkeypatch.setattr(by_key, "_BLOCKS_AT_ONCE", 5)
+  np.testing.assert_array_equal(whole, run(key_score_BSK=score))
+
+
+def test_what_keys_choose_is_local():
+  """Consecutive lists share all that keys choose: NOSA's theorem, gamma >= k_e / k."""
+  m, by_query = 6, 2
+  q, keys = make_problem(1, 96, 4, 1, 8)
+  score = jax.random.normal(jax.random.key(1), (1, 96, 1))
+  lists = as_sets(
+    select_blocks(
+      q, keys, block_size=4, num_blocks=m, num_by_query=by_query, key_score_BSK=score
+    )
+  )
+  for position in range(m * 4, 95):
+    if (position + 1) % 4:
+      assert len(lists[position] & lists[position + 1]) >= m - by_query
 
 
 @given(
@@ -111,7 +294,7 @@ def test_any_shape_matches_the_definition(t, block_size, num_blocks, group, seed
   q, keys = make_problem(1, t, group, 1, 4, seed)
   segments = documents(1, t, seed)
   lists = select_blocks(
-    q, keys, block_size=block_size, num_blocks=num_blocks, segments_BT=jnp.asarray(segments)
+    q, keys, block_size=block_size, num_blocks=num_blocks, segments_BS=jnp.asarray(segments)
   )
   expected = expected_lists(q, keys, block_size, num_blocks, segments)
   assert as_sets(lists) == as_sets(expected)
@@ -192,11 +375,40 @@ def test_lists_carry_no_gradient():
 
 
 @pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(num_initial=2), "3 forced blocks"),
+    (dict(num_by_query=1), "belong together"),
+    (dict(pooling=poolings.Pooling(4, 3, 0, 1)), "do not divide blocks of 4"),
+    (dict(query_offset=1), "do not lie within 16 keys"),
+    (dict(rule="half_local", num_local=2), "takes neither"),
+    (
+      dict(
+        num_by_query=1,
+        key_score_BSK=jnp.ones((1, 16, 2)),
+        pooling=poolings.Pooling(3, 1, -1, 5),
+      ),
+      "raise num_local=1",
+    ),
+  ],
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+  q, keys = jnp.ones((1, 16, 4, 4)), jnp.ones((1, 16, 2, 4))
+  with pytest.raises(ValueError, match=message):
+    pallas_kernels.select_blocks(q, keys, block_size=4, num_blocks=2, **options)
+
+
+def test_a_block_without_quarters_is_refused():
+  with pytest.raises(ValueError, match="no quarters"):
+    poolings.infllm_v2(6)
+
+
+@pytest.mark.parametrize(
   ("change", "message"),
   [
     (dict(num_kv=3), "do not group"),
     (dict(num_blocks=0), "must be at least 1"),
-    (dict(key_length=8), "keys must be"),
+    (dict(key_length=8), "do not lie within 8 keys"),
     (dict(segments=(1, 3)), "segments must be"),
   ],
 )
@@ -207,7 +419,7 @@ def test_wrong_input_is_refused(change, message):
   # The hook that checks array types sees mismatched shapes first where it is installed.
   with pytest.raises(Exception, match=f"{message}|Type-check"):
     select_blocks(
-      q, keys, block_size=4, num_blocks=change.get("num_blocks", 2), segments_BT=segments
+      q, keys, block_size=4, num_blocks=change.get("num_blocks", 2), segments_BS=segments
     )
 
 

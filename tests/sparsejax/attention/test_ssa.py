@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from sparsejax.attention import full, method, ssa
+from sparsejax.attention import method, ssa
 from tests import small
 
 B, T, H, K, D = 2, 64, 4, 2, 8
@@ -134,8 +134,8 @@ def test_theorem_1():
   q = 2.0 * jax.random.normal(keys[0], (B, T, H, D))
   k, v = (jax.random.normal(key, (B, T, K, D)) for key in keys[1:])
   segments = small.make_batch(rows=B, length=T).segments
-  h_full = full.full_attention(q, k, v, segments, max_documents=4)
-  blocks = pallas_kernels.select_blocks(q, k, block_size=8, num_blocks=3, segments_BT=segments)
+  h_full = pallas_kernels.full_attention(q, k, v, segments_BT=segments, max_documents=4)
+  blocks = pallas_kernels.select_blocks(q, k, block_size=8, num_blocks=3, segments_BS=segments)
   h_sparse, _ = pallas_kernels.block_sparse_attention(
     q, k, v, blocks, block_size=8, segments_BS=segments
   )

@@ -1,0 +1,93 @@
+"""The rest of a list, chosen by scores of keys that no query enters (NOSA).
+
+After arXiv:2510.13602: what the queries have chosen is in; of the other blocks, those whose
+keys score best. The order of blocks by such scores is the same for all queries of a block,
+so it is found once for each block of queries.
+
+Extra shape letters:
+  O blocks that queries are in   Q blocks that a query has chosen   C candidates
+"""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from pallas_kernels.block_selection import plan
+from pallas_kernels.block_selection import pooling as poolings
+from pallas_kernels.block_selection.problem import Problem, Rules
+
+# Blocks of queries for which candidates are ranked at the same time.
+_BLOCKS_AT_ONCE = 256
+
+
+def fill(
+  lists_BTKQ: jax.Array, problem: Problem, rules: Rules, bounds: plan.Bounds
+) -> jax.Array:
+  """Lists of M blocks: those given, and the best others by `problem.key_score_BSK`."""
+  num_left = rules.num_blocks - rules.num_by_query
+  candidates_BOKC = _candidates(problem, rules)
+  b = bounds.own_block.shape[0]
+  row_B1 = jnp.arange(b)[:, None]
+  candidates_BTKC = candidates_BOKC[row_B1, bounds.own_block]
+  is_new = candidates_BTKC >= bounds.first_block[:, :, None, None]
+  for q in range(rules.num_by_query):
+    is_new &= candidates_BTKC != lists_BTKQ[..., q, None]
+  place_BTKC = jnp.where(is_new, jnp.cumsum(is_new, axis=-1) - 1, -1)
+  # Candidates are distinct, so each place has one.
+  slot_X1 = jnp.arange(num_left)[None, None, None, :, None]
+  chosen_BTKX = jnp.where(
+    place_BTKC[..., None, :] == slot_X1, candidates_BTKC[..., None, :], -1
+  ).max(-1)
+  return jnp.concatenate([lists_BTKQ, chosen_BTKX], axis=-1)
+
+
+def block_scores(problem: Problem, rules: Rules) -> jax.Array:
+  """The score of every block [B, K, N], over the document of its last key."""
+  scores, segments = problem.key_score_BSK, problem.segments_BS
+  s = scores.shape[1]
+  num_blocks = -(-s // rules.block_size)
+  per_block = rules.block_size // rules.pooling.stride
+  windows_BKW = poolings.mean_windows(scores, segments, rules.pooling).transpose(0, 2, 1)
+  if segments is None:
+    return poolings.largest_of_windows(
+      windows_BKW, rules.pooling, per_block, num_blocks, -jnp.inf
+    )
+  # Windows that end before the document are another document's.
+  last_N = jnp.minimum((jnp.arange(num_blocks) + 1) * rules.block_size, s) - 1
+  first_BN = plan.first_positions(segments)[:, last_N]
+  best = jnp.full((scores.shape[0], scores.shape[2], num_blocks), -jnp.inf)
+  for i in range(rules.pooling.count):
+    one = poolings.Pooling(rules.pooling.size, rules.pooling.stride, rules.pooling.first + i, 1)
+    score = poolings.largest_of_windows(windows_BKW, one, per_block, num_blocks, -jnp.inf)
+    last_key_N = jnp.arange(num_blocks) * rules.block_size + one.reach() - 1
+    is_there_B1N = (last_key_N[None] >= first_BN)[:, None]
+    best = jnp.maximum(best, jnp.where(is_there_B1N, score, -jnp.inf))
+  return best
+
+
+def _candidates(problem: Problem, rules: Rules) -> jax.Array:
+  """The best M blocks for the queries of every block [B, O, K, C], best first; -1 for none."""
+  scores_BKN = block_scores(problem, rules)
+  b, k, n = scores_BKN.shape
+  first_BN = jnp.zeros((b, n), jnp.int32)
+  if problem.segments_BS is not None:
+    starts = jnp.arange(n) * rules.block_size
+    first_BN = plan.first_positions(problem.segments_BS)[:, starts] // rules.block_size
+  block_N = jnp.arange(n)
+  num_candidates = min(rules.num_blocks, n)
+
+  def rank(part):
+    own_O, first_BO = part
+    # Nearer blocks are forced; their windows may reach beyond the queries.
+    is_seen_BON = (block_N[None] <= own_O[:, None] - rules.num_local)[None]
+    is_seen_BON = is_seen_BON & (block_N[None, None] >= first_BO[..., None])
+    score = jnp.where(is_seen_BON[:, :, None], scores_BKN[:, None], -jnp.inf)
+    best, blocks = lax.top_k(score, num_candidates)
+    return jnp.where(jnp.isneginf(best), -1, blocks)
+
+  size = min(n, _BLOCKS_AT_ONCE)
+  pad = -n % size
+  own = jnp.pad(block_N, (0, pad)).reshape(-1, size)
+  first = jnp.pad(first_BN, [(0, 0), (0, pad)]).reshape(b, -1, size).swapaxes(0, 1)
+  parts = lax.map(rank, (own, first)).swapaxes(0, 1)
+  return parts.reshape(b, -1, k, num_candidates)[:, :n]
