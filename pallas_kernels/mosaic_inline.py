@@ -91,7 +91,7 @@ def add_products(total, weights, ref, pieces):
     del context
     left = _left_operands(weights)
     place = thread.add(thread.smem_address(ref), _lane_offset(d, rows_first=True))
-    sums = _float_registers(total)
+    sums = float_registers(total)
     for k, piece in enumerate(pieces):
       here = thread.add(place, thread.multiply(thread.value(piece), 2 * _row_bytes(d)))
       for column in range(d // 16):
@@ -269,7 +269,7 @@ def _left_operands(x: mgpu.FragmentedArray):
   return [registers[i : i + 4] for i in range(0, len(registers), 4)]
 
 
-def _float_registers(x: mgpu.FragmentedArray):
+def float_registers(x: mgpu.FragmentedArray):
   """The four numbers of every 8 columns of a float32 array."""
   numbers = [
     vector.extract(pair, dynamic_position=[], static_position=[i])

@@ -27,7 +27,7 @@ def choose(
 
   def stripe(part):
     q_BCHD, bounds, spans = part
-    score_BCKN = _scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks)
+    score_BCKN = scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks)
     return [
       _best(score_BCKN, *span, slots.slots) for span, slots in zip(spans, whole, strict=True)
     ]
@@ -41,7 +41,7 @@ def choose(
   return [x.swapaxes(0, 1).reshape(b, -1, *x.shape[3:])[:, :t] for x in chosen]
 
 
-def _scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks):
+def scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks):
   """Scores of blocks: the largest of their windows' probabilities, added up over heads."""
   b, c, h, d = q_BCHD.shape
   w, k = keys_BWKD.shape[1:3]

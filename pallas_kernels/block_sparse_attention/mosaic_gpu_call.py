@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import devices
 from pallas_kernels.block_lists import key_tiles, query_tiles, units
 from pallas_kernels.block_sparse_attention import (
   mosaic_gpu_dkv,
@@ -15,8 +16,6 @@ from pallas_kernels.block_sparse_attention import (
 from pallas_kernels.block_sparse_attention import problem as problems
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import STEP, UNIT, Shape
 
-# Multiprocessors of an H100 or H200, where there is no device to ask.
-_NUM_WORKERS = 132
 _LOG2E = 1.4426950408889634
 
 
@@ -59,7 +58,7 @@ class Call:
       block_size=kernel_block,
       has_bias=problem.key_bias_BSK is not None,
       interpreted=interpret is not None,
-      num_workers=_num_workers(interpret is not None),
+      num_workers=devices.num_multiprocessors() if interpret is None else 2,
     )
     self._shape = shape
     self._options = dict(shape=shape, scale=scale, interpret=interpret)
@@ -200,9 +199,3 @@ def _first_keys(segments_BS):
   index_S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)
   begins_BS = jnp.diff(segments_BS, axis=1, prepend=segments_BS[:, :1] - 1) != 0
   return jax.lax.cummax(jnp.where(begins_BS, index_S[None], 0), axis=1)
-
-
-def _num_workers(interpreted: bool) -> int:
-  if interpreted:
-    return 2
-  return getattr(jax.devices()[0], "core_count", None) or _NUM_WORKERS

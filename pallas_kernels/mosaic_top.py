@@ -1,0 +1,253 @@
+"""The best blocks of a query, found by one warp; an inline operation of Mosaic GPU.
+
+A lane holds every 32nd block. The warp searches for the largest threshold that as many
+scores reach as are wanted, bit by bit; what lies above it is taken, and of what equals it
+the lowest blocks. So the choice is exact, and equal scores are decided for the lower block.
+Chosen blocks come out in ascending order.
+"""
+
+import dataclasses
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, scf
+
+from pallas_kernels import mosaic_thread as thread
+
+LANES = 32
+_SCALAR = plgpu.Layout.WG_SPLAT
+_PLAIN = plgpu.RefType()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+  """Where a block's score lies in a row of windows.
+
+  It is the largest of `count` numbers, from number `halo + (block per_block + first) -
+  first_window` on; those that lie outside of the windows that were computed are 0.
+
+  Attributes:
+    per_block, first, count: see above.
+    halo: numbers of windows before the first one of the segment.
+    most_blocks: that a segment can bring.
+  """
+
+  per_block: int
+  first: int
+  count: int
+  halo: int
+  most_blocks: int
+
+
+def choose(values_ref, range_ref, kept_ref, count_ref, row, segment, scores: Scores):
+  """Chooses among the blocks that are kept and those of a segment; keeps what it chose.
+
+  Each warp works on a row of its own: `4 row + warp` of all arrays.
+
+  Args:
+    values_ref: float32 shared-memory array [rows, numbers], not negative.
+    range_ref: int32 [3, rows]: blocks from the first number on and before the second may be
+      chosen, at most the third.
+    kept_ref: int32 [2 rows, slots]: blocks in the first half of the rows, scores as bits in
+      the second; `slots` is a multiple of 32.
+    count_ref: int32 [rows]: how many are kept.
+    row: see above.
+    segment: int32 scalars `(first_block, end_block, first_window, begin, end)`: the blocks
+      that this segment completes, the window of the first number after the halo, and the
+      windows that were computed in this tile.
+    scores: where scores lie.
+  """
+  num_rows, width = values_ref.shape
+  slots = kept_ref.shape[-1]
+
+  @plgpu.inline_mgpu(arg_types=(_PLAIN,) * 4 + (_SCALAR,) * 6, return_type=None)
+  def run(context, values_ref, range_ref, kept_ref, count_ref, *scalars):
+    del context
+    row, first_block, end_block, first_window, begin, end = map(thread.value, scalars)
+    row = thread.add(thread.multiply(row, 4), thread.warp())
+    lane = thread.lane()
+
+    range_place = thread.add(thread.smem_address(range_ref), thread.multiply(row, 4))
+    low, high, wanted = (thread.load_shared(range_place, 4 * num_rows * i) for i in range(3))
+    low, high = arith.maxsi(low, first_block), arith.minsi(high, end_block)
+    count_place = thread.add(thread.smem_address(count_ref), thread.multiply(row, 4))
+    num_kept = thread.load_shared(count_place)
+    kept_place = thread.add(thread.smem_address(kept_ref), thread.multiply(row, 4 * slots))
+    bits_offset = 4 * slots * num_rows
+    values_place = thread.add(thread.smem_address(values_ref), thread.multiply(row, 4 * width))
+
+    keys, blocks = [], []
+    for i in range(slots // LANES):
+      slot = thread.add(lane, thread.i32(LANES * i))
+      place = thread.add(kept_place, thread.multiply(slot, 4))
+      is_kept = arith.cmpi(arith.CmpIPredicate.slt, slot, num_kept)
+      # Of numbers that are not negative, the bits ascend as the numbers do; 0 is no number.
+      bits = thread.add(thread.load_shared(place, bits_offset), thread.i32(1))
+      keys.append(arith.select(is_kept, bits, thread.i32(0)))
+      blocks.append(thread.load_shared(place))
+    for i in range(-(-scores.most_blocks // LANES)):
+      block = thread.add(thread.add(first_block, lane), thread.i32(LANES * i))
+      is_in = _is_between(block, low, high)
+      window = thread.add(thread.multiply(block, scores.per_block), thread.i32(scores.first))
+      best = thread.i32(0)
+      for j in range(scores.count):
+        there = thread.add(window, thread.i32(j))
+        is_there = arith.andi(is_in, _is_between(there, begin, end))
+        number = thread.add(arith.subi(there, first_window), thread.i32(scores.halo))
+        number = arith.select(is_there, number, thread.i32(0))
+        place = thread.add(values_place, thread.multiply(number, 4))
+        bits = arith.select(is_there, thread.load_shared(place), thread.i32(0))
+        best = arith.maxui(best, bits)
+      keys.append(arith.select(is_in, thread.add(best, thread.i32(1)), thread.i32(0)))
+      blocks.append(block)
+
+    threshold = _threshold(keys, wanted)
+    chosen = _write(keys, blocks, threshold, wanted, lane, kept_place, bits_offset)
+    first_lane = arith.cmpi(arith.CmpIPredicate.eq, lane, thread.i32(0))
+    thread.store_shared(count_place, chosen, first_lane)
+    # The last windows go before those of the next segment.
+    lane_place = thread.add(values_place, thread.multiply(lane, 4))
+    last = thread.load_shared(lane_place, 4 * (width - LANES))
+    shifted = arith.subi(lane_place, thread.i32(4 * (LANES - scores.halo)))
+    is_last = arith.cmpi(arith.CmpIPredicate.sge, lane, thread.i32(LANES - scores.halo))
+    thread.store_shared(shifted, last, is_last)
+    mgpu_utils.warp_barrier()
+
+  run(values_ref, range_ref, kept_ref, count_ref, *(jnp.int32(x) for x in (row, *segment)))
+
+
+def _is_between(x, low, high):
+  return arith.andi(
+    arith.cmpi(arith.CmpIPredicate.sge, x, low), arith.cmpi(arith.CmpIPredicate.slt, x, high)
+  )
+
+
+def _threshold(keys, wanted):
+  """The largest key that `wanted` keys reach, or 0 where there are fewer keys.
+
+  Ends early at any threshold that exactly `wanted` reach.
+  """
+  i32 = thread.int32()
+  largest = keys[0]
+  for key in keys[1:]:
+    largest = arith.maxui(largest, key)
+  largest = _reduce("max.u32", largest)
+  low, high = thread.i32(0), thread.add(largest, thread.i32(1))
+  everything = thread.i32(LANES * len(keys))
+  loop = scf.WhileOp([i32, i32, i32], [low, high, everything])
+  before = loop.before.blocks.append(i32, i32, i32)
+  with ir.InsertionPoint(before):
+    low, high, count = before.arguments
+    is_wide = arith.cmpi(arith.CmpIPredicate.ugt, arith.subi(high, low), thread.i32(1))
+    is_open = arith.andi(is_wide, arith.cmpi(arith.CmpIPredicate.ne, count, wanted))
+    scf.condition(is_open, [low, high, count])
+  after = loop.after.blocks.append(i32, i32, i32)
+  with ir.InsertionPoint(after):
+    low, high, count = after.arguments
+    # Neither sum nor difference can wrap: keys are below 2**31.
+    middle = arith.shrui(thread.add(low, high), thread.i32(1))
+    reached = thread.i32(0)
+    for key in keys:
+      is_reached = arith.cmpi(arith.CmpIPredicate.uge, key, middle)
+      reached = thread.add(reached, arith.extui(i32, is_reached))
+    reached = _reduce("add.s32", reached)
+    is_enough = arith.cmpi(arith.CmpIPredicate.sge, reached, wanted)
+    scf.yield_(
+      [
+        arith.select(is_enough, middle, low),
+        arith.select(is_enough, high, middle),
+        arith.select(is_enough, reached, count),
+      ]
+    )
+  return loop.results[0]
+
+
+def _write(keys, blocks, threshold, wanted, lane, kept_place, bits_offset):
+  """Writes what is chosen, ascending by block; returns how many there are."""
+  lower_lanes = arith.subi(arith.shli(thread.i32(1), lane), thread.i32(1))
+
+  def rank(is_member, before):
+    """Members in lower lanes and before, and all of them up to here."""
+    votes = _ballot(is_member)
+    own = thread.add(before, _popcount(arith.andi(votes, lower_lanes)))
+    return own, thread.add(before, _popcount(votes))
+
+  # A threshold of 0 means that everything there is, is chosen.
+  threshold = arith.maxui(threshold, thread.i32(1))
+  num_above = thread.i32(0)
+  for key in keys:
+    votes = _ballot(arith.cmpi(arith.CmpIPredicate.ugt, key, threshold))
+    num_above = thread.add(num_above, _popcount(votes))
+  num_equal = arith.subi(wanted, num_above)
+  equal, chosen = thread.i32(0), thread.i32(0)
+  # What was kept lies where the first of the chosen go: all of it has been read by now.
+  mgpu_utils.warp_barrier()
+  for key, block in zip(keys, blocks, strict=True):
+    is_equal = arith.cmpi(arith.CmpIPredicate.eq, key, threshold)
+    order, equal = rank(is_equal, equal)
+    is_first = arith.cmpi(arith.CmpIPredicate.slt, order, num_equal)
+    is_above = arith.cmpi(arith.CmpIPredicate.ugt, key, threshold)
+    is_chosen = arith.ori(is_above, arith.andi(is_equal, is_first))
+    place, chosen = rank(is_chosen, chosen)
+    place = thread.add(kept_place, thread.multiply(place, 4))
+    thread.store_shared(place, block, is_chosen)
+    bits = arith.subi(key, thread.i32(1))
+    thread.store_shared(place, bits, is_chosen, bits_offset)
+  mgpu_utils.warp_barrier()
+  return chosen
+
+
+def _ballot(predicate):
+  return thread.convergent("vote.sync.ballot.b32 $0, $1, 0xffffffff;", predicate)
+
+
+def _reduce(how: str, x):
+  return thread.convergent(f"redux.sync.{how} $0, $1, 0xffffffff;", x)
+
+
+def _popcount(x):
+  return mgpu_utils.inline_ptx("popc.b32 $0, $1;", x, result_types=thread.int32())
+
+
+def choose_interpreted(values_ref, range_ref, kept_ref, count_ref, row, segment, scores):
+  """The same in the interpreter, for the four warps of a warpgroup."""
+  first_block, end_block, first_window, begin, end = segment
+  num_rows, slots = values_ref.shape[0], kept_ref.shape[-1]
+  block = first_block + jnp.arange(scores.most_blocks)
+  window = block[:, None] * scores.per_block + scores.first + jnp.arange(scores.count)[None]
+  is_there = (window >= begin) & (window < end)
+  number = jnp.where(is_there, window - first_window + scores.halo, 0)
+  for warp in range(4):
+    r = 4 * row + warp
+    values = values_ref[r, :]
+    # What was not computed may be anything.
+    best = jnp.where(is_there, jnp.take(values, number, mode="clip"), 0.0).max(axis=1)
+    low = jnp.maximum(range_ref[0, r], first_block)
+    high = jnp.minimum(range_ref[1, r], end_block)
+    kept, bits = kept_ref[r, :], kept_ref[num_rows + r, :]
+    is_kept = jnp.arange(slots) < count_ref[r]
+    keys = jnp.concatenate(
+      [
+        jnp.where(is_kept, bits + 1, 0),
+        jnp.where((block >= low) & (block < high), _bits(best) + 1, 0),
+      ]
+    )
+    blocks = jnp.concatenate([kept, block])
+    top, order = lax.top_k(keys, slots)
+    is_chosen = (top > 0) & (jnp.arange(slots) < range_ref[2, r])
+    order = jnp.where(is_chosen, order, 2**30)
+    order = jnp.sort(order)
+    is_chosen = order < 2**30
+    order = jnp.where(is_chosen, order, 0)
+    kept_ref[r, :] = jnp.where(is_chosen, blocks[order], -1)
+    kept_ref[num_rows + r, :] = jnp.where(is_chosen, keys[order] - 1, 0)
+    count_ref[r] = is_chosen.sum().astype(jnp.int32)
+    values_ref[r, pl.ds(0, scores.halo)] = values[-scores.halo :]
+
+
+def _bits(x):
+  return lax.bitcast_convert_type(x, jnp.int32)
