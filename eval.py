@@ -25,6 +25,9 @@ SOURCES = flags.DEFINE_list("sources", [], "Prepared data; the training data's i
 LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens per row; as trained if none.")
 ROWS = flags.DEFINE_integer("max_rows", 0, "Rows of each source; 0 takes all.")
 BATCH = flags.DEFINE_integer("batch_size", 0, "Rows at once; 0 is as trained.")
+KERNELS = flags.DEFINE_string(
+  "kernels", None, "auto: what this machine has; strict: GPU kernels alone; else as trained."
+)
 OUT = flags.DEFINE_string("out", None, "Where results go; WORKDIR/eval/STEP if not given.")
 
 
@@ -48,6 +51,7 @@ def main(arguments: list[str]) -> int:
     sequence_length=LENGTH.value,
     max_rows=ROWS.value,
     batch_size=BATCH.value,
+    kernels=KERNELS.value,
     out=OUT.value,
   )
   text, out = table.run(request, base.get_config())

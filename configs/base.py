@@ -44,8 +44,10 @@ def get_config() -> ml_collections.ConfigDict:
     selection="exact",  # exact: the best blocks | half_local: as SSA's released kernel
     document_mask="both",  # streams that stop at documents: both | full | none
     gate=True,  # a sigmoid gate per head and token on the attention output
-    full_implementation="auto",  # auto | cudnn | xla
-    sparse_implementation="auto",  # auto | xla | reference
+    # auto | strict: an error where cuDNN, mosaic_gpu or triton would not run an operation
+    kernels="auto",
+    full_implementation="auto",  # auto: what `kernels` says | cudnn | xla
+    sparse_implementation="auto",  # auto | mosaic_gpu | triton | xla | reference
   )
   c.ssa = dict(  # read by method="ssa" only
     full_ratio=0.5,  # probability that a step runs on the full stream

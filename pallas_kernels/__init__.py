@@ -1,6 +1,26 @@
 """The front door of the kernels; nothing behind it is imported from outside."""
 
-from pallas_kernels.block_selection.api import select_blocks
-from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from pallas_kernels.block_selection.api import choose_block_selection, select_blocks
+from pallas_kernels.block_sparse_attention.api import (
+  block_sparse_attention,
+  choose_block_sparse_attention,
+)
+from pallas_kernels.dispatch import CannotRunError, Choice
+from pallas_kernels.dual_path_attention.api import (
+  choose_dual_path_attention,
+  dual_path_attention,
+)
+from pallas_kernels.full_attention.api import choose_full_attention, full_attention
 
-__all__ = ["block_sparse_attention", "select_blocks"]
+__all__ = [
+  "CannotRunError",
+  "Choice",
+  "block_sparse_attention",
+  "choose_block_selection",
+  "choose_block_sparse_attention",
+  "choose_dual_path_attention",
+  "choose_full_attention",
+  "dual_path_attention",
+  "full_attention",
+  "select_blocks",
+]

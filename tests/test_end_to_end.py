@@ -153,12 +153,15 @@ def test_a_run_says_what_it_does(uninterrupted):
   for what in (
     r"model: [\d,]+ parameters, 2 layers of 32",
     r"attention: ssa, 2 blocks of 8 keys \(budget 16\)",
-    r"backend of block-sparse attention: xla",
+    r"backend of full_attention: xla \(cudnn needs an NVIDIA GPU, this is cpu\)",
+    r"backend of block_selection: xla \(",
+    r"backend of block_sparse_attention: xla \(mosaic_gpu needs a Hopper GPU, this is cpu; ",
+    r"backend of dual_path_attention: separate \(",
     r"devices: 1 x cpu",
     r"unigram\) \d\.\d+",
     r"sample after step 16",
   ):
-    assert re.search(what, output), f"{what} is not in\n{output}"
+    assert len(re.findall(what, output)) == 1, f"{what} is not in\n{output}"
   assert (
     json.loads((workdir / "config.json").read_text())["config"]["attention.method"] == "ssa"
   )
@@ -248,6 +251,8 @@ def test_the_table_of_perplexities(environment, uninterrupted, tmp_path):
   assert by_name["sparse", "64"][3] == by_name["full", "-"][3]
   (saved,) = pathlib.Path(tmp_path / "out").glob("*.json")
   assert {"versions", "device", "commit"} <= set(json.loads(saved.read_text())["environment"])
+  refused = call([*command, "--kernels=strict"], environment)
+  assert_one_error(refused, "no GPU kernel can run full_attention.*--kernels=auto")
 
 
 def test_a_changed_config_is_refused_unless_allowed(environment, uninterrupted):
@@ -323,6 +328,21 @@ def assert_one_error(done, message):
       "train.py",
       ["--config=configs/smoke.py", "--workdir=w", "--config.mesh.tensor=3"],
       "3.*device",
+    ),
+    (
+      "train.py",
+      [
+        "--config=configs/smoke.py",
+        "--workdir=w",
+        "--config.data.sources=recall",
+        "--config.attention.kernels=strict",
+      ],
+      "no GPU kernel can run block_sparse_attention .*Set attention.kernels to 'auto'",
+    ),
+    (
+      "train.py",
+      ["--config=configs/smoke.py", "--dry_run", "--config.attention.kernels=strict"],
+      "no GPU kernel can run block_sparse_attention .*Set attention.kernels to 'auto'",
     ),
     ("eval.py", [], "name the --workdir"),
     ("eval.py", ["--workdir=no/such/run"], "no/such/run holds no checkpoint"),

@@ -13,13 +13,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_selection import by_key, plan, reference, xla
+from pallas_kernels import devices, dispatch
+from pallas_kernels.block_selection import by_key, mosaic_gpu, plan, reference, xla
 from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.pooling import Pooling
 from pallas_kernels.block_selection.problem import Problem, Rules
+from pallas_kernels.dispatch import Shaped
 
-type SelectionImplementation = Literal["reference", "xla"]
+type SelectionImplementation = Literal["auto", "strict", "mosaic_gpu", "xla", "reference"]
 type Rule = Literal["exact", "half_local"]
+
+# What `auto` tries, in this order. Kernels go in front once they have been verified on GPUs.
+AUTOMATIC = ("xla",)
 
 
 def select_blocks(
@@ -75,10 +80,13 @@ def select_blocks(
     pooling: windows; None is whole blocks.
     key_score_BSK: of each key (NOSA's importance before the exponential).
     num_by_query: with scores of keys, how many blocks queries choose.
-    implementation: None is the fastest one this device supports.
+    implementation: `mosaic_gpu` runs on Hopper GPUs, for the dtypes and sizes in its file;
+      `xla` runs anywhere; `reference` is the definition. `strict` is the GPU kernel, or an
+      error; None and `auto` the first of `AUTOMATIC` that can run.
 
   Raises:
-    ValueError: shapes or numbers that do not fit together; the message names them.
+    ValueError: shapes or numbers that do not fit together, or an implementation that cannot
+      take the problem or run on this device; the message names them.
     KeyError: no such rule or implementation.
   """
   problem = Problem(
@@ -99,9 +107,10 @@ def select_blocks(
   if (key_score_BSK is None) != (num_by_query is None):
     raise ValueError("key_score and num_by_query belong together; give both or neither")
   problem = jax.lax.stop_gradient(problem)
-  if implementation == "reference":
+  backend = _choose(problem, rules, implementation).backend
+  if backend == "reference":
     return reference.select_blocks(problem, rules)
-  choose = _IMPLEMENTATIONS[implementation or "xla"]
+  choose = _IMPLEMENTATIONS[backend]
   bounds = plan.bounds(problem, rules)
   chosen = choose(problem, rules, bounds, plan.spans(bounds, rules))
   lists_BTKQ = plan.assemble(chosen, bounds, rules)
@@ -110,7 +119,48 @@ def select_blocks(
   return by_key.fill(lists_BTKQ, problem, rules, bounds)
 
 
-_IMPLEMENTATIONS: dict[str, Callable] = {"xla": xla.choose}
+_IMPLEMENTATIONS: dict[str, Callable] = {"mosaic_gpu": mosaic_gpu.choose, "xla": xla.choose}
+
+
+def choose_block_selection(
+  q_BTHD: Float[Shaped, "B T H D"],
+  k_BSKD: Float[Shaped, "B S K D"],
+  *,
+  block_size: int,
+  num_blocks: int,
+  pooling: Pooling | None = None,
+  implementation: SelectionImplementation | None = None,
+) -> dispatch.Choice:
+  """What `select_blocks` runs for such arrays on the first device, and why.
+
+  Takes the same arguments, but for those that do not matter here, and runs nothing, so that
+  a `jax.ShapeDtypeStruct` will do for an array.
+
+  Raises:
+    ValueError: an implementation that cannot take the problem or run on this device.
+    KeyError: no such implementation.
+  """
+  problem = Problem(q_BTHD, k_BSKD, jax.ShapeDtypeStruct((), jnp.int32), None, None)
+  rules = Rules(
+    block_size=block_size,
+    num_blocks=num_blocks,
+    num_by_query=num_blocks,
+    num_initial=0,
+    num_local=1,
+    pooling=poolings.whole_blocks(block_size) if pooling is None else pooling,
+    rule="exact",
+    scale=1.0,
+  )
+  return _choose(problem, rules, implementation)
+
+
+def _choose(problem: Problem, rules: Rules, implementation: str | None) -> dispatch.Choice:
+  candidates = {
+    "mosaic_gpu": lambda: devices.why_not_hopper() or mosaic_gpu.why_not(problem, rules),
+    "xla": dispatch.runs_anywhere,
+    "reference": dispatch.runs_anywhere,
+  }
+  return dispatch.choose("block_selection", implementation, candidates, automatic=AUTOMATIC)
 
 
 def _check_arrays(problem: Problem, query_offset) -> None:

@@ -12,11 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import devices
-from pallas_kernels.block_sparse_attention import mosaic_gpu, reference, xla
+from pallas_kernels import devices, dispatch
+from pallas_kernels.block_sparse_attention import mosaic_gpu, reference, triton_gpu, xla
 from pallas_kernels.block_sparse_attention import problem as problems
+from pallas_kernels.dispatch import Shaped
 
-type AttentionImplementation = Literal["reference", "xla", "mosaic_gpu"]
+type AttentionImplementation = Literal[
+  "auto", "strict", "mosaic_gpu", "triton", "xla", "reference"
+]
+
+# What `auto` tries, in this order. Kernels go in front once they have been verified on GPUs.
+AUTOMATIC = ("xla",)
 
 
 def block_sparse_attention(
@@ -53,8 +59,10 @@ def block_sparse_attention(
     key_bias_BSK: added to the scores of each key, after scaling (NOSA's importance,
       arXiv:2510.13602); None is 0.
     scale: factor on the scores; None is D ** -0.5.
-    implementation: `xla` runs anywhere and is what None means; `mosaic_gpu` on Hopper GPUs,
-      for bfloat16 and the sizes in its file; `reference` is the definition.
+    implementation: `mosaic_gpu` runs on Hopper GPUs, `triton` on NVIDIA GPUs from Ampere on
+      where the extra of that name is installed, each for the dtypes and sizes in its file;
+      `xla` runs anywhere; `reference` is the definition. `strict` is the first of the GPU
+      kernels that can run, or an error; None and `auto` the first of `AUTOMATIC` that can.
 
   Raises:
     ValueError: shapes or dtypes that do not fit together, queries beyond the keys, or an
@@ -73,18 +81,51 @@ def block_sparse_attention(
   )
   known_offset = query_offset if isinstance(query_offset, int) else None
   scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
-  if implementation == "mosaic_gpu":
-    why_not = mosaic_gpu.why_not(problem, block_size) or devices.why_not_hopper()
-    if why_not is not None:
-      raise ValueError(f"implementation='mosaic_gpu' {why_not}; 'xla' runs anywhere")
-  run = _IMPLEMENTATIONS[implementation or "xla"]
+  run = _IMPLEMENTATIONS[_choose(problem, block_size, implementation).backend]
   return run(problem, known_offset, block_size, scale)
 
 
+def choose_block_sparse_attention(
+  q_BTHD: Float[Shaped, "B T H D"],
+  k_BSKD: Float[Shaped, "B S K D"],
+  v_BSKD: Float[Shaped, "B S K D"],
+  blocks_BTKM: Int[Shaped, "B T K M"],
+  *,
+  block_size: int,
+  segments_BS: Int[Shaped, "B S"] | None = None,
+  key_bias_BSK: Float[Shaped, "B S K"] | None = None,
+  implementation: AttentionImplementation | None = None,
+) -> dispatch.Choice:
+  """What `block_sparse_attention` runs for such arrays on the first device, and why.
+
+  Takes the same arguments, but for those that do not matter here, and raises the same
+  errors; runs nothing, so that a `jax.ShapeDtypeStruct` will do for an array.
+  """
+  _check(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, 0, segments_BS, block_size)
+  offset = jax.ShapeDtypeStruct((), jnp.int32)
+  problem = problems.Problem(
+    q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, offset, segments_BS, key_bias_BSK
+  )
+  return _choose(problem, block_size, implementation)
+
+
+def _choose(problem, block_size, implementation) -> dispatch.Choice:
+  candidates = {
+    "mosaic_gpu": lambda: devices.why_not_hopper() or mosaic_gpu.why_not(problem, block_size),
+    "triton": lambda: triton_gpu.why_not_here() or triton_gpu.why_not(problem, block_size),
+    "xla": dispatch.runs_anywhere,
+    "reference": dispatch.runs_anywhere,
+  }
+  return dispatch.choose(
+    "block_sparse_attention", implementation, candidates, automatic=AUTOMATIC
+  )
+
+
 _IMPLEMENTATIONS = {
-  "reference": reference.block_sparse_attention,
-  "xla": xla.block_sparse_attention,
   "mosaic_gpu": mosaic_gpu.block_sparse_attention,
+  "triton": triton_gpu.block_sparse_attention,
+  "xla": xla.block_sparse_attention,
+  "reference": reference.block_sparse_attention,
 }
 
 

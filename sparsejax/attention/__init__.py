@@ -9,7 +9,8 @@ __all__ = ["METHODS", "SPARSE_METHODS", "Options", "SsaOptions", "make_method"]
 
 METHODS = {"full": Full, "moba": Moba, "ssa": Ssa}
 
-# Methods that select blocks themselves; the others run one of these when run sparse.
+# Methods that select blocks themselves (a `method.SparseMethod` each); the others run one of
+# these when run sparse.
 SPARSE_METHODS = ("moba",)
 
 

@@ -17,12 +17,20 @@ Letters: B batch, T tokens, H query heads, K key/value heads, D head size, M blo
 import dataclasses
 from typing import Literal, NamedTuple
 
+from flax import linen as nn
 import flax.struct
 import jax
+
+from sparsejax import sharding
 
 type Stream = Literal["train", "full", "sparse"]
 
 STREAMS = ("train", "full", "sparse")
+
+# Logical axes of what every operation of attention takes, for `sharding.per_device`.
+HEADS: sharding.Axes = ("batch", None, "heads", None)
+KV_HEADS: sharding.Axes = ("batch", None, "kv_heads", None)
+SEGMENTS: sharding.Axes = ("batch", None)
 
 
 @flax.struct.dataclass
@@ -64,7 +72,9 @@ class Options:
     selection: `exact` or `half_local` (see `pallas_kernels.select_blocks`).
     document_mask: streams that stop at document borders: `both`, `full` or `none`.
     gate: whether a sigmoid gate per head and token multiplies the output.
-    full_implementation, sparse_implementation: `auto`, or a backend by name.
+    kernels: `auto`, or `strict` where an operation must run on a GPU kernel or fail.
+    full_implementation, sparse_implementation: `auto` for what `kernels` says, or a backend
+      by name.
     ssa: settings of SSA.
     max_documents: documents that a row may hold; cuDNN's packed form needs to know.
   """
@@ -76,6 +86,7 @@ class Options:
   selection: str
   document_mask: str
   gate: bool
+  kernels: str
   full_implementation: str
   sparse_implementation: str
   ssa: "SsaOptions"
@@ -85,6 +96,33 @@ class Options:
   def budget(self) -> int:
     """Keys a query reads under sparse inference (the papers' receptive field)."""
     return self.block_size * self.num_blocks
+
+  def num_listed(self, length: int) -> int:
+    """Blocks that a query of a row lists: a row shorter than the budget is read whole."""
+    return min(self.num_blocks, -(-length // self.block_size))
+
+  def full_segments(self, tokens: Tokens) -> jax.Array | None:
+    """Segments [B, T] at whose borders the full stream stops; None if at none."""
+    return tokens.segments_BT if self.document_mask in ("both", "full") else None
+
+  def sparse_segments(self, tokens: Tokens) -> jax.Array | None:
+    """The same for the sparse stream."""
+    return tokens.segments_BT if self.document_mask == "both" else None
+
+  @property
+  def full_backend(self) -> str:
+    """`implementation` of `pallas_kernels.full_attention`."""
+    return _named_or(self.full_implementation, self.kernels)
+
+  @property
+  def sparse_backend(self) -> str:
+    """`implementation` of `pallas_kernels.block_sparse_attention`."""
+    return _named_or(self.sparse_implementation, self.kernels)
+
+  @property
+  def selection_backend(self) -> str:
+    """`implementation` of `pallas_kernels.select_blocks`, which Triton has no kernel for."""
+    return self.kernels if self.sparse_backend == "triton" else self.sparse_backend
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,3 +144,18 @@ class SsaOptions:
   align_direction: str
   align_after_gate: bool
   coin: str
+
+
+class SparseMethod(nn.Module):
+  """A method that selects blocks itself: an entry of `SPARSE_METHODS`."""
+
+  options: Options
+
+  def both(self, q_BTHD, k_BTKD, v_BTKD, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    """Outputs of the full and of the sparse stream, [B, T, H, D], for SSA to compare."""
+    arrays = q_BTHD, k_BTKD, v_BTKD, tokens
+    return self(*arrays, "full").out_BTHD, self(*arrays, "sparse").out_BTHD
+
+
+def _named_or(implementation: str, kernels: str) -> str:
+  return kernels if implementation == "auto" else implementation

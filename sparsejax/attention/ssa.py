@@ -16,13 +16,12 @@ class Ssa(nn.Module):
   """SSA over the two streams of any sparse method."""
 
   options: method.Options
-  sparse: nn.Module
+  sparse: method.SparseMethod
 
   def __call__(self, q_BTHD, k_BTKD, v_BTKD, tokens, stream) -> method.Attended:
     if stream != "train":
       return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream)
-    full_BTHD = self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, "full").out_BTHD
-    sparse_BTHD = self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, "sparse").out_BTHD
+    full_BTHD, sparse_BTHD = self.sparse.both(q_BTHD, k_BTKD, v_BTKD, tokens)
     align = alignment(full_BTHD, sparse_BTHD, tokens, self.options.ssa)
     out_BTHD = jnp.where(tokens.use_full, full_BTHD, sparse_BTHD)
     return method.Attended(out_BTHD, align)

@@ -6,9 +6,10 @@ import pathlib
 import ml_collections
 import optax
 
+import pallas_kernels
 from sparsejax import attention, losses, model
 from sparsejax import optimizer as optimizers
-from sparsejax.attention import rotary
+from sparsejax.attention import backends, rotary
 from sparsejax.data import corpus
 
 
@@ -39,6 +40,25 @@ def make_model(config: ml_collections.ConfigDict, *, max_documents: int) -> mode
     max_documents=max_documents,
   )
   return model.Transformer(shape, options)
+
+
+def choose_backends(
+  config: ml_collections.ConfigDict, transformer: model.Transformer
+) -> list[pallas_kernels.Choice]:
+  """What each operation of attention runs on, by the first device and the model's shapes.
+
+  Raises:
+    ConfigError: one cannot run on what the config asks for.
+  """
+  shape = transformer.shape
+  return backends.choose(
+    transformer.options,
+    dtype=shape.dtype,
+    num_heads=shape.num_attention_heads,
+    num_kv_heads=shape.num_key_value_heads,
+    head_dim=shape.head_dim,
+    length=config.data.sequence_length,
+  )
 
 
 def make_optimizer(

@@ -14,13 +14,17 @@ CHOICES = {
   "attention.sparse_method": attention.SPARSE_METHODS,
   "attention.selection": ("exact", "half_local"),
   "attention.document_mask": ("both", "full", "none"),
+  "attention.kernels": ("auto", "strict"),
   "attention.full_implementation": ("auto", "cudnn", "xla"),
-  "attention.sparse_implementation": ("auto", "xla", "reference"),
+  "attention.sparse_implementation": ("auto", "mosaic_gpu", "triton", "xla", "reference"),
   "ssa.align_loss": ("smooth_l1", "l2"),
   "ssa.align_direction": ("both", "full_follows_sparse", "sparse_follows_full"),
   "ssa.coin": ("step", "layer"),
   "optimizer.schedule": tuple(optimizer.SCHEDULES),
 }
+
+# Implementations that `attention.kernels=strict` rules out.
+NOT_KERNELS = ("xla", "reference")
 
 AT_LEAST_ONE = (
   "model.num_hidden_layers",
@@ -107,6 +111,13 @@ def _attention(config) -> Iterator[str]:
       f"attention.num_blocks={config.attention.num_blocks} is odd; selection='half_local' "
       "takes half of the blocks near by and half from afar, so take an even number."
     )
+  if config.attention.kernels == "strict":
+    for key in ("attention.full_implementation", "attention.sparse_implementation"):
+      if _get(config, key) in NOT_KERNELS:
+        yield (
+          f"attention.kernels='strict' forbids {key}={_get(config, key)!r}, which is no GPU "
+          f"kernel; set {key} to 'auto', or attention.kernels."
+        )
 
 
 def _training(config) -> Iterator[str]:

@@ -26,6 +26,7 @@ PACKAGES = (
 DECISIVE = ("seed", "model", "attention", "ssa", "loss", "data", "optimizer", "train")
 INDIFFERENT = (
   "model.remat",
+  "attention.kernels",
   "attention.full_implementation",
   "attention.sparse_implementation",
   "loss.chunk_length",

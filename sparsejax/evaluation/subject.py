@@ -7,6 +7,7 @@ import pathlib
 import jax
 import ml_collections
 
+import pallas_kernels
 from sparsejax import checkpoint, errors, model, parameters, sharding
 from sparsejax.configuration import build, record
 from sparsejax.data import corpus as corpora
@@ -21,6 +22,7 @@ class Subject:
     step: steps it was trained for.
     config: its own, with this evaluation's changes.
     transformer: the model.
+    backends: what its operations of attention run on.
     params: on the mesh.
     corpus: the data, by default that of training.
     mesh: all devices side by side.
@@ -30,6 +32,7 @@ class Subject:
   step: int
   config: ml_collections.ConfigDict
   transformer: model.Transformer
+  backends: list[pallas_kernels.Choice]
   params: dict
   corpus: corpora.Corpus
   mesh: jax.sharding.Mesh
@@ -42,6 +45,7 @@ def load(
   step: int | None = None,
   sources: Sequence[str] = (),
   sequence_length: int | None = None,
+  kernels: str | None = None,
 ) -> Subject:
   """Restores a checkpoint from its own config.
 
@@ -51,8 +55,11 @@ def load(
     step: of a workdir; None is the newest.
     sources: data to evaluate on instead of the training data's validation split.
     sequence_length: tokens per row; None is that of training.
+    kernels: `auto` or `strict` in place of the config's `attention.kernels` and of any
+      implementation that it names; None is as trained.
 
   Raises:
+    ConfigError: an operation cannot run on what is asked for.
     CheckpointError: no checkpoint, a damaged one, or data that are not its own.
     DataError: the data are missing or have another tokenizer.
   """
@@ -63,6 +70,10 @@ def load(
     config.data.sources, config.data.weights = tuple(sources), ()
   if sequence_length is not None:
     config.data.sequence_length = sequence_length
+  if kernels is not None:
+    config.attention.update(
+      kernels=kernels, full_implementation="auto", sparse_implementation="auto"
+    )
   # WORKDIR/checkpoints/STEP: built-in data were prepared beside the checkpoints.
   corpus = build.make_corpus(config, found.parent.parent / "data")
   if corpus.tokenizer.fingerprint != saved.tokenizer:
@@ -77,11 +88,18 @@ def load(
     )
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   transformer = build.make_model(config, max_documents=corpus.max_documents)
+  try:
+    backends = build.choose_backends(config, transformer)
+  except errors.ConfigError as error:
+    raise errors.ConfigError(
+      f"{error}\nFor a checkpoint, --kernels=auto does so for this evaluation."
+    ) from error
   return Subject(
     path=found,
     step=int(found.name),
     config=config,
     transformer=transformer,
+    backends=backends,
     params=checkpoint.load_params(found, parameters.abstract(transformer, mesh)),
     corpus=corpus,
     mesh=mesh,

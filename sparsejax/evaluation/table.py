@@ -9,7 +9,7 @@ import pathlib
 import ml_collections
 
 from sparsejax import errors
-from sparsejax.configuration import record
+from sparsejax.configuration import checks, record
 from sparsejax.evaluation import perplexity
 from sparsejax.evaluation import subject as subjects
 
@@ -30,6 +30,7 @@ class Request:
     sequence_length: tokens per row; None is that of training.
     max_rows: rows of each source; 0 takes all.
     batch_size: rows at once; 0 is that of training.
+    kernels: `auto` or `strict`; None is as trained.
     out: directory for the results; None is `eval/STEP` in the workdir.
   """
 
@@ -42,12 +43,14 @@ class Request:
   sequence_length: int | None = None
   max_rows: int = 0
   batch_size: int = 0
+  kernels: str | None = None
   out: str | pathlib.Path | None = None
 
 
 def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pathlib.Path]:
-  """Answers a request; returns the table as markdown, and the directory of the files.
+  """Answers a request; returns what to print, and the directory of the files.
 
+  That is what the model ran on, a line for each operation, and the tables as markdown.
   Each task leaves `TASK.json` (with config, commit, versions and device) and `TASK.md`.
 
   Args:
@@ -63,12 +66,16 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
   for mode in request.modes:
     if mode not in perplexity.MODES:
       raise errors.ConfigError(errors.one_of("mode", mode, perplexity.MODES))
+  kernels = checks.CHOICES["attention.kernels"]
+  if request.kernels not in (None, *kernels):
+    raise errors.ConfigError(errors.one_of("--kernels", request.kernels, kernels))
   subject = subjects.load(
     request.path,
     template,
     step=request.step,
     sources=request.sources,
     sequence_length=request.sequence_length,
+    kernels=request.kernels,
   )
   out = pathlib.Path(request.out or subject.path.parent.parent / "eval" / str(subject.step))
   tables = []
@@ -81,7 +88,8 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
       batch_size=request.batch_size,
     )
     tables.append(_write(task, cells, subject, out))
-  return "\n".join(tables), out
+  backends = "".join(f"backend of {choice}\n" for choice in subject.backends)
+  return backends + "\n".join(tables), out
 
 
 def markdown(cells: Sequence[perplexity.Cell]) -> str:
@@ -121,6 +129,7 @@ def _write(task: str, cells, subject: subjects.Subject, out: pathlib.Path) -> st
     step=subject.step,
     method=subject.config.attention.method,
     environment=record.environment(),
+    backends={choice.op: choice.backend for choice in subject.backends},
     config_hash=record.digest(subject.config),
     config=record.as_json(subject.config),
     cells=[dataclasses.asdict(cell) for cell in cells],

@@ -28,6 +28,7 @@ def run(config: ml_collections.ConfigDict) -> Iterator[str]:
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(mesh, config.data.batch_size, config.train.accumulate_steps)
   transformer = build.make_model(config, max_documents=ASSUMED_DOCUMENTS)
+  backends = build.choose_backends(config, transformer)
   optimizer, schedule = build.make_optimizer(config)
   state = states.abstract_state(transformer, optimizer, mesh)
 
@@ -35,7 +36,7 @@ def run(config: ml_collections.ConfigDict) -> Iterator[str]:
   for path, x in traverse_util.flatten_dict(state.params, sep="/").items():
     spec = tuple(x.sharding.spec)
     yield f"  {path:48} {x.shape!s:24} {x.dtype} over {spec}"
-  yield from loop.describe(transformer, None, mesh, state)
+  yield from loop.describe(transformer, None, mesh, state, backends)
   per_token = cost.train_flops_per_token(
     transformer.shape, transformer.options, config.data.sequence_length
   )

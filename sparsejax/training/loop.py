@@ -9,8 +9,8 @@ import time
 import jax
 import ml_collections
 
+import pallas_kernels
 from sparsejax import checkpoint, cost, errors, sharding
-from sparsejax.attention import full
 from sparsejax.configuration import build, checks, record
 from sparsejax.data import corpus as corpora
 from sparsejax.data import statistics
@@ -74,6 +74,7 @@ class _Run:
     sharding.check_batch(self.mesh, config.data.batch_size, config.train.accumulate_steps)
     self.corpus = build.make_corpus(config, directory / "data")
     self.transformer = build.make_model(config, max_documents=self.corpus.max_documents)
+    self.backends = build.choose_backends(config, self.transformer)
     self.optimizer, self.schedule = build.make_optimizer(config)
     self.checkpoints = checkpoint.Checkpoints(
       directory / "checkpoints",
@@ -176,7 +177,7 @@ class _Run:
   def _describe(self) -> None:
     """Says what runs, on what, with which backends, before the first step."""
     say = self.progress.line
-    for text in describe(self.transformer, self.corpus, self.mesh, self.state):
+    for text in describe(self.transformer, self.corpus, self.mesh, self.state, self.backends):
       say(text)
     for source in self.corpus.sources:
       loss = statistics.unigram_loss(source, self.config.model.vocab_size)
@@ -329,7 +330,13 @@ class _Run:
     return int(jax.device_get(self.state.step))
 
 
-def describe(transformer, corpus: corpora.Corpus | None, mesh, state) -> Iterator[str]:
+def describe(
+  transformer,
+  corpus: corpora.Corpus | None,
+  mesh,
+  state,
+  backends: list[pallas_kernels.Choice],
+) -> Iterator[str]:
   """Lines on the model, the devices, the backends and the data of a run."""
   shape, options = transformer.shape, transformer.options
   num_parameters = cost.num_parameters(state.params)
@@ -343,15 +350,8 @@ def describe(transformer, corpus: corpora.Corpus | None, mesh, state) -> Iterato
     f"attention: {options.method}, {options.num_blocks} blocks of {options.block_size} keys "
     f"(budget {options.budget}), documents separate in {separate[options.document_mask]}"
   )
-  backend, why = full.choose(
-    options.full_implementation,
-    shape.dtype,
-    shape.head_dim,
-    has_documents=options.document_mask != "none" and options.max_documents > 1,
-  )
-  yield f"backend of full attention: {backend} ({why})"
-  sparse = "xla" if options.sparse_implementation == "auto" else options.sparse_implementation
-  yield f"backend of block-sparse attention: {sparse}"
+  for choice in backends:
+    yield f"backend of {choice}"
   devices = jax.devices()
   axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
   yield f"devices: {len(devices)} x {devices[0].device_kind}, mesh {axes}"

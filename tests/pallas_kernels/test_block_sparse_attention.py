@@ -9,8 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_sparse_attention
-from pallas_kernels.block_sparse_attention import xla, xla_gathered
+from pallas_kernels import block_sparse_attention, choose_block_sparse_attention, devices
+from pallas_kernels.block_sparse_attention import (
+  api,
+  mosaic_gpu,
+  triton_gpu,
+  xla,
+  xla_gathered,
+)
 from tests.pallas_kernels import problems
 
 WAYS = ("masked", "gathered")
@@ -223,3 +229,101 @@ def test_wrong_input_is_refused(change, message):
       query_offset=change.get("query_offset", 0),
       segments_BS=segments,
     )
+
+
+GPU_KERNELS = ("mosaic_gpu", "triton")
+BY_NAME = "runs by name or with strict"
+
+
+def shapes(*, dtype=jnp.bfloat16, head_dim=64, length=64):
+  def array(*shape, dtype=dtype):
+    return jax.ShapeDtypeStruct((1, length, *shape), dtype)
+
+  k = array(2, head_dim)
+  return array(4, head_dim), k, k, array(2, 3, dtype=jnp.int32)
+
+
+@pytest.fixture
+def ours(monkeypatch):
+  """A machine on which both kernels run, as far as one can tell without trying."""
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  monkeypatch.setattr(triton_gpu, "why_not_here", lambda: None)
+  # Whether the extra is installed does not matter here.
+  found = triton_gpu.importlib.util.find_spec("jax")
+  monkeypatch.setattr(triton_gpu.importlib.util, "find_spec", lambda name: found)
+
+
+def test_no_kernel_is_taken_unasked(ours):
+  choice = choose_block_sparse_attention(*shapes(), block_size=16)
+  assert str(choice) == (
+    f"block_sparse_attention: xla (mosaic_gpu {BY_NAME}; triton {BY_NAME})"
+  )
+
+
+def test_kernels_are_taken_where_the_automatic_ones_have_them(ours, monkeypatch):
+  monkeypatch.setattr(api, "AUTOMATIC", (*GPU_KERNELS, "xla"))
+  choose = functools.partial(choose_block_sparse_attention, block_size=16)
+  assert choose(*shapes()).backend == "mosaic_gpu"
+  assert choose(*shapes(dtype=jnp.float32)) == (
+    "block_sparse_attention",
+    "triton",
+    "mosaic_gpu takes bfloat16, not float32",
+  )
+  reason = (
+    "mosaic_gpu takes head sizes (64, 128), not 96; triton takes head sizes (32, 64, 128)"
+  )
+  choice = choose(*shapes(head_dim=96))
+  assert choice.backend == "xla"
+  assert choice.reason.startswith(reason)
+
+
+def test_strict_is_a_kernel_or_an_error(ours):
+  choose = functools.partial(choose_block_sparse_attention, block_size=16)
+  assert choose(*shapes(), implementation="strict").backend == "mosaic_gpu"
+  choice = choose(*shapes(dtype=jnp.float32), implementation="strict")
+  assert choice.backend == "triton"
+  assert choice.reason == "strict; mosaic_gpu takes bfloat16, not float32"
+  with pytest.raises(
+    ValueError, match=r"mosaic_gpu takes blocks .* 8; triton takes .* 8; 'xla'"
+  ):
+    choose_block_sparse_attention(*shapes(), block_size=8, implementation="strict")
+
+
+def test_where_there_is_no_gpu_kernels_are_refused_and_the_rest_runs():
+  if jax.devices()[0].platform == "gpu":
+    pytest.skip("this machine has a GPU")
+  mosaic, triton = "mosaic_gpu needs a Hopper GPU, this is cpu", "triton needs an NVIDIA GPU"
+  choose = functools.partial(choose_block_sparse_attention, block_size=8)
+  # The device is named even where the shapes would not do either.
+  for arrays in (shapes(), shapes(dtype=jnp.float32)):
+    assert choose(*arrays).backend == "xla"
+    assert choose(*arrays).reason == f"{mosaic}; {triton}, this is cpu"
+  problem = problems.make(1, 32, 2, 1, 8, 8, 2)
+  inputs = problem.q, problem.k, problem.v, problem.blocks
+  run = functools.partial(block_sparse_attention, *inputs, block_size=8)
+  for implementation, why in (("mosaic_gpu", mosaic), ("triton", triton), ("strict", mosaic)):
+    with pytest.raises(ValueError, match=f"implementation='{implementation}' .*{why}"):
+      run(implementation=implementation)
+  for implementation in ("auto", "xla", "reference"):
+    out, _ = run(implementation=implementation)
+    np.testing.assert_allclose(out, run()[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", GPU_KERNELS)
+def test_a_name_runs_what_it_names(name, ours, monkeypatch):
+  seen = []
+
+  def run(problem, known_offset, block_size, scale):
+    seen.append((known_offset, block_size, scale))
+    return xla.block_sparse_attention(problem, known_offset, block_size, scale)
+
+  monkeypatch.setitem(api._IMPLEMENTATIONS, name, run)
+  q = jnp.zeros((1, 32, 4, 64), jnp.bfloat16)
+  k, blocks = q[:, :, :2], jnp.zeros((1, 32, 2, 1), jnp.int32)
+  block_sparse_attention(q, k, k, blocks, block_size=16, implementation=name)
+  assert seen == [(0, 16, 64**-0.5)]
+
+
+def test_each_name_has_its_own_implementation():
+  assert api._IMPLEMENTATIONS["mosaic_gpu"] is mosaic_gpu.block_sparse_attention
+  assert api._IMPLEMENTATIONS["triton"] is triton_gpu.block_sparse_attention

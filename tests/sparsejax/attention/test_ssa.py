@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from sparsejax.attention import method, ssa
+from sparsejax.attention import method, moba, ssa
 from tests import small
 
 B, T, H, K, D = 2, 64, 4, 2, 8
@@ -84,6 +84,60 @@ def test_the_gate_learns_only_from_gated_outputs():
       )
     )(tokens.gate_BTH)
     assert bool(gradient.any()) == after_gate
+
+
+class Doubling(method.SparseMethod):
+  """Streams that are not attention: twice the queries when full, once when sparse."""
+
+  def __call__(self, q_BTHD, k_BTKD, v_BTKD, tokens, stream):
+    factor = dict(full=2.0, sparse=1.0)[stream]
+    return method.Attended(factor * q_BTHD, jnp.float32(0))
+
+
+@pytest.mark.parametrize("use_full", [True, False])
+def test_any_method_with_two_streams_will_do(use_full):
+  q, _, tokens = make_streams()
+  options = small.make_model().options
+  module = ssa.Ssa(options, Doubling(options))
+  tokens = tokens.replace(use_full=jnp.asarray(use_full))
+  out, align = module.apply({}, q, q, q, tokens, "train")
+  np.testing.assert_allclose(out, (2.0 if use_full else 1.0) * q)
+  np.testing.assert_allclose(align, ssa.alignment(2.0 * q, q, tokens, options.ssa))
+
+
+def make_moba(mask):
+  options = small.make_model(attention__document_mask=mask).options
+  keys = jax.random.split(jax.random.key(3), 3)
+  q = jax.random.normal(keys[0], (B, T, H, D))
+  k, v = (jax.random.normal(key, (B, T, K, D)) for key in keys[1:])
+  segments = small.make_batch(rows=B, length=T).segments
+  tokens = method.Tokens(segments, None, jnp.asarray(True))
+  return moba.Moba(options), (q, k, v, tokens)
+
+
+@pytest.mark.parametrize("mask", ["both", "full", "none"])
+def test_both_streams_at_once_are_each_of_them_alone(mask):
+  """To the last bit, and so are the gradients of either."""
+  module, (q, k, v, tokens) = make_moba(mask)
+
+  def alone(stream):
+    return jax.vjp(lambda *x: module.apply({}, *x, tokens, stream).out_BTHD, q, k, v)
+
+  for i, stream in enumerate(("full", "sparse")):
+    out, vjp = alone(stream)
+    at_once, vjp_at_once = jax.vjp(
+      lambda *x, i=i: module.apply({}, *x, tokens, method="both")[i], q, k, v
+    )
+    np.testing.assert_array_equal(at_once, out)
+    for actual, wanted in zip(vjp_at_once(q), vjp(q), strict=True):
+      np.testing.assert_array_equal(actual, wanted)
+
+
+def test_lists_can_be_looked_at_in_training():
+  module, arrays = make_moba("both")
+  _, seen = module.apply({}, *arrays, method="both", mutable=["intermediates"])
+  (blocks,) = seen["intermediates"]["blocks"]
+  assert blocks.shape == (B, T, K, 3)
 
 
 def test_padding_counts_as_no_difference():

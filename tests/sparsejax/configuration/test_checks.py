@@ -93,6 +93,18 @@ def test_sizes_begin_at_one(key):
       "attention.num_blocks=3 is odd; selection='half_local' takes half of the blocks near by "
       "and half from afar, so take an even number.",
     ),
+    *(
+      (
+        ["attention.kernels=strict", f"{key}={name}"],
+        f"attention.kernels='strict' forbids {key}={name!r}, which is no GPU kernel; set "
+        f"{key} to 'auto', or attention.kernels.",
+      )
+      for key, name in (
+        ("attention.full_implementation", "xla"),
+        ("attention.sparse_implementation", "xla"),
+        ("attention.sparse_implementation", "reference"),
+      )
+    ),
     (
       ["train.accumulate_steps=3"],
       "data.batch_size=16 does not divide into train.accumulate_steps=3 parts; take a batch of "
@@ -156,6 +168,10 @@ def test_a_contradiction_names_values_limits_and_remedy(assignments, message):
     ["attention.num_blocks=16"],
     ["attention.num_blocks=1"],
     ["attention.selection=exact", "attention.num_blocks=3"],
+    ["attention.kernels=strict", "attention.full_implementation=cudnn"],
+    ["attention.kernels=strict", "attention.sparse_implementation=triton"],
+    ["attention.kernels=strict", "attention.sparse_implementation=mosaic_gpu"],
+    ["attention.kernels=auto", "attention.sparse_implementation=xla"],
     ["train.accumulate_steps=16"],
     ["optimizer.warmup_steps=240"],
     ["optimizer.schedule=wsd", "optimizer.decay_steps=220"],

@@ -19,6 +19,7 @@ KEYS = overrides.flatten(base.get_config())
 # The promise to people who resume a run, written out a second time on purpose.
 MAY_CHANGE = {
   "model.remat",
+  "attention.kernels",
   "attention.full_implementation",
   "attention.sparse_implementation",
   "loss.chunk_length",

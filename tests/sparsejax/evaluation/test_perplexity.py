@@ -52,6 +52,7 @@ def subject():
     step=3,
     config=config,
     transformer=transformer,
+    backends=[],
     params=jax.device_put(params, sharding.replicated(mesh)),
     corpus=types.SimpleNamespace(sources=sources),
     mesh=mesh,

@@ -79,6 +79,39 @@ def test_an_earlier_step_and_longer_rows_can_be_asked_for(saved):
 
 
 @pytest.mark.parametrize(
+  ("trained", "problem"),
+  [
+    (dict(kernels="strict"), r"no GPU kernel can run full_attention"),
+    (dict(sparse_implementation="mosaic_gpu"), r"sparse_implementation='mosaic_gpu' cannot"),
+  ],
+)
+def test_a_checkpoint_from_a_gpu_needs_leave_to_run_elsewhere(
+  saved, monkeypatch, trained, problem
+):
+  """And gets it with the flag that the refusal names."""
+  if jax.devices()[0].platform == "gpu":
+    pytest.skip("this machine has a GPU")
+  workdir, state = saved
+  about = checkpoint.read_record(workdir / "checkpoints" / "5")
+  config = about.config | {f"attention.{key}": value for key, value in trained.items()}
+  about = dataclasses.replace(about, config=config)
+  monkeypatch.setattr(subjects.checkpoint, "read_record", lambda path: about)
+  with pytest.raises(errors.ConfigError, match=f"{problem}[^$]*--kernels=auto"):
+    subjects.load(workdir, base.get_config())
+  subject = subjects.load(workdir, base.get_config(), kernels="auto")
+  assert [choice.backend for choice in subject.backends][:3] == ["xla"] * 3
+  assert overrides.flatten(subject.config) == overrides.flatten(make_config())
+  jax.tree.map(np.testing.assert_array_equal, subject.params, state.params)
+
+
+def test_kernels_can_be_asked_for_at_evaluation(saved):
+  if jax.devices()[0].platform == "gpu":
+    pytest.skip("this machine has a GPU")
+  with pytest.raises(errors.ConfigError, match=r"attention\.kernels='strict': no GPU kernel"):
+    subjects.load(saved[0], base.get_config(), kernels="strict")
+
+
+@pytest.mark.parametrize(
   ("changes", "kind", "message"),
   [
     (
@@ -119,6 +152,7 @@ def test_a_place_without_checkpoint_is_refused(tmp_path):
     (dict(tasks=("perplexty",)), r"unknown task 'perplexty'\. Did you mean 'perplexity'\?"),
     (dict(tasks=("perplexity", "z")), r"unknown task 'z'\. There are: perplexity\."),
     (dict(modes=("sparce",)), r"unknown mode 'sparce'\. Did you mean 'sparse'\?"),
+    (dict(kernels="strikt"), r"unknown --kernels 'strikt'\. Did you mean 'strict'\?"),
   ],
 )
 def test_an_unknown_question_is_refused_before_anything_is_read(tmp_path, changes, message):
@@ -147,7 +181,15 @@ def test_the_answer_is_written_with_all_that_it_depends_on(saved, asked):
   text, out = table.run(request, base.get_config())
   assert asked == [dict(modes=("sparse",), budgets=(8, 16), max_rows=7, batch_size=3)]
   assert out == workdir / "eval" / "5"
-  assert (out / "perplexity.md").read_text() == text == table.markdown(CELLS)
+  assert (out / "perplexity.md").read_text() == table.markdown(CELLS)
+  *backends, printed = text.split("\n", maxsplit=4)
+  assert printed == table.markdown(CELLS)
+  assert [line.partition(" (")[0] for line in backends] == [
+    "backend of full_attention: xla",
+    "backend of block_selection: xla",
+    "backend of block_sparse_attention: xla",
+    "backend of dual_path_attention: separate",
+  ]
   content = json.loads((out / "perplexity.json").read_text())
   assert content["task"] == "perplexity"
   assert content["run"] == "tiny"
@@ -156,6 +198,12 @@ def test_the_answer_is_written_with_all_that_it_depends_on(saved, asked):
   assert content["config"] == record.as_json(make_config())
   assert content["config_hash"] == record.digest(make_config())
   assert content["environment"]["num_devices"] == 8
+  assert content["backends"] == dict(
+    full_attention="xla",
+    block_selection="xla",
+    block_sparse_attention="xla",
+    dual_path_attention="separate",
+  )
   assert [perplexity.Cell(**cell) for cell in content["cells"]][:2] == CELLS[:2]
 
 

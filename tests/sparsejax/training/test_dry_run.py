@@ -22,7 +22,13 @@ def test_the_smoke_preset_is_described_and_compiled(tmp_path, monkeypatch):
   assert model == (f"model: {total:,} parameters, 4 layers of 128, 4 heads over 2 of 32")
   text = "\n".join(lines)
   assert "attention: ssa, 4 blocks of 16 keys (budget 64), documents separate in both" in text
-  assert "backend of full attention: xla (cuDNN needs an NVIDIA GPU" in text
+  for op, backend in (
+    ("full_attention", "xla (cudnn needs an NVIDIA GPU"),
+    ("block_selection", "xla ("),
+    ("block_sparse_attention", "xla (mosaic_gpu needs a Hopper GPU"),
+    ("dual_path_attention", "separate (full_attention by xla"),
+  ):
+    assert sum(line.startswith(f"backend of {op}: {backend}") for line in lines) == 1, text
   assert "devices: 8 x cpu, mesh data 8 x fsdp 1 x tensor 1" in text
   # Parameters and two moments of Adam.
   assert f"memory: parameters and optimizer take {12 * total / 2**30:.3f} GiB" in text
@@ -39,6 +45,7 @@ def test_the_smoke_preset_is_described_and_compiled(tmp_path, monkeypatch):
     (dict(data=dict(sequence_length=250)), r"is not a multiple of attention.block_size=16"),
     (dict(mesh=dict(data=3)), r"mesh.data=3, .* do not multiply to the 8 devices there are"),
     (dict(data=dict(batch_size=12)), r"gives 12 rows to 8 devices"),
+    (dict(attention=dict(kernels="strict")), r"no GPU kernel can run full_attention"),
   ],
 )
 def test_contradictions_show_before_anything_is_made(changes, message):

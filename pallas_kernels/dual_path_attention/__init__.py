@@ -1,0 +1,1 @@
+"""Full and block-sparse attention over the same queries, keys and values."""

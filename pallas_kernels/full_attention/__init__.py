@@ -1,0 +1,1 @@
+"""Causal attention in which every query reads every earlier key of its document."""

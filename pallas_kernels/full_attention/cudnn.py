@@ -1,0 +1,65 @@
+"""Full attention by cuDNN, on NVIDIA GPUs from Ampere on."""
+
+import jax
+import jax.numpy as jnp
+
+
+def why_not(dtype, head_dim: int, *, has_documents: bool) -> str | None:
+  """Why cuDNN cannot run here with these; None if it can."""
+  device, dtype = jax.devices()[0], jnp.dtype(dtype)
+  if device.platform != "gpu":
+    return f"needs an NVIDIA GPU, this is {device.device_kind}"
+  capability = float(device.compute_capability)
+  if capability < 8.0:
+    return f"needs compute capability 8.0, {device.device_kind} has {capability}"
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f"takes bfloat16 or float16, not {dtype.name}"
+  limit = 256 if capability >= 9.0 else 128
+  if head_dim % 8 or head_dim > limit:
+    return f"takes head sizes up to {limit} in steps of 8, not {head_dim}"
+  if has_documents and capability < 9.0:
+    return (
+      "separates packed documents from compute capability 9.0 on, "
+      f"{device.device_kind} has {capability}"
+    )
+  return None
+
+
+def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents):
+  if segments_BT is None or max_documents == 1:
+    return jax.nn.dot_product_attention(
+      q_BTHD, k_BTKD, v_BTKD, is_causal=True, implementation="cudnn"
+    )
+  # jax.nn has no argument for packed documents; its own cuDNN call does.
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  lengths_BM, offsets_BM, has_room_B = document_offsets(segments_BT, max_documents)
+  out_BTHD = cudnn.dot_product_attention(
+    q_BTHD,
+    k_BTKD,
+    v_BTKD,
+    q_seqlen=lengths_BM,
+    kv_seqlen=lengths_BM,
+    q_offsets=offsets_BM,
+    kv_offsets=offsets_BM,
+    scale=q_BTHD.shape[-1] ** -0.5,
+    mask_type=cudnn.MaskType.PADDING_CAUSAL,
+  )
+  return jnp.where(has_room_B[:, None, None, None], out_BTHD, jnp.nan)
+
+
+def document_offsets(segments_BT, max_documents: int):
+  """Where runs of equal segments lie, as cuDNN's packed form wants it.
+
+  Returns:
+    lengths [B, M] of the runs, their starts [B, M + 1] (no end among them), both -1 where
+    there is no run, and whether a row has no more runs than fit, bool [B].
+  """
+  t = segments_BT.shape[1]
+  begins_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
+  find = jax.vmap(lambda row: jnp.nonzero(row, size=max_documents + 1, fill_value=t)[0])
+  starts_BM = find(begins_BT).astype(jnp.int32)
+  lengths_BM = jnp.diff(starts_BM, axis=1)
+  has_room_B = starts_BM[:, -1] == t
+  offsets_BM = jnp.where(starts_BM < t, starts_BM, -1)
+  return jnp.where(lengths_BM > 0, lengths_BM, -1), offsets_BM, has_room_B

@@ -1,0 +1,240 @@
+"""Full attention: its definition, its XLA path, its choice, and cuDNN's packed documents."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import choose_full_attention, full_attention
+from pallas_kernels.full_attention import cudnn, xla
+
+
+def make_segments(rows=2, length=64, num_documents=3, seed=0):
+  """A few documents in every row, and padding at the end of the last."""
+  rng = np.random.default_rng(seed)
+  borders = np.sort(rng.integers(1, length, size=(rows, num_documents - 1)), axis=1)
+  segments = 1 + (np.arange(length)[None, :, None] >= borders[:, None, :]).sum(-1)
+  segments[-1, -5:] = 0
+  return jnp.asarray(segments)
+
+
+def make_problem(b=2, t=64, h=4, k=2, d=8, dtype=jnp.float32, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  shapes = (b, t, h, d), (b, t, k, d), (b, t, k, d)
+  return [
+    jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)
+  ]
+
+
+def expected(q, k, v, segments=None):
+  return full_attention(
+    q, k, v, segments_BT=segments, max_documents=8, implementation="reference"
+  )
+
+
+@pytest.mark.parametrize("elements", [2**26, 2 * 4 * 64 * 24, 1], ids=["whole", "24", "one"])
+def test_stripes_do_not_change_the_result(elements, monkeypatch):
+  monkeypatch.setattr(xla, "STRIPE_ELEMENTS", elements)
+  q, k, v = make_problem()
+  segments = make_segments()
+
+  def total(q, k, v, run):
+    return (run(q, k, v) ** 2).sum(), run(q, k, v)
+
+  actual, wanted = (
+    jax.jit(jax.grad(lambda q, k, v, run=run: total(q, k, v, run), (0, 1, 2), has_aux=True))(
+      q, k, v
+    )
+    for run in (
+      lambda q, k, v: full_attention(q, k, v, segments_BT=segments, max_documents=4),
+      lambda q, k, v: expected(q, k, v, segments),
+    )
+  )
+  for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, w, atol=1e-5)
+
+
+def test_without_segments_it_is_causal_attention():
+  q, k, v = make_problem()
+  actual = full_attention(q, k, v)
+  np.testing.assert_allclose(actual, expected(q, k, v), atol=1e-6)
+
+
+def test_long_rows_never_hold_all_scores():
+  t = 8192
+  q = jax.ShapeDtypeStruct((1, t, 8, 8), jnp.float32)
+  k = jax.ShapeDtypeStruct((1, t, 1, 8), jnp.float32)
+  segments = jax.ShapeDtypeStruct((1, t), jnp.int32)
+
+  def loss(q, k, segments):
+    return full_attention(q, k, k, segments_BT=segments, max_documents=4).sum()
+
+  compiled = jax.jit(jax.grad(loss)).lower(q, k, segments).compile()
+  # One array of all scores would take 2 GiB.
+  assert compiled.memory_analysis().temp_size_in_bytes < 8 * t * t * 4 / 2
+
+
+@pytest.mark.parametrize(
+  ("segments", "max_documents", "lengths", "offsets", "has_room"),
+  [
+    ([1, 1, 2, 2, 2, 3], 4, [2, 3, 1, -1], [0, 2, 5, -1, -1], True),
+    ([1, 1, 1, 1, 1, 1], 2, [6, -1], [0, -1, -1], True),
+    ([4, 4, 5, 5, 0, 0], 3, [2, 2, 2], [0, 2, 4, -1], True),
+    ([1, 2, 3, 4, 5, 6], 6, [1] * 6, [0, 1, 2, 3, 4, 5, -1], True),
+    ([1, 2, 3, 3, 3, 3], 2, [1, 1], [0, 1, 2], False),
+  ],
+)
+def test_document_offsets(segments, max_documents, lengths, offsets, has_room):
+  actual = cudnn.document_offsets(jnp.asarray([segments]), max_documents)
+  np.testing.assert_array_equal(actual[0][0], lengths)
+  np.testing.assert_array_equal(actual[1][0], offsets)
+  assert bool(actual[2][0]) == has_room
+
+
+class FakeDevice:
+  """What `cudnn.why_not` looks at."""
+
+  platform = "gpu"
+  device_kind = "NVIDIA Test"
+
+  def __init__(self, compute_capability):
+    self.compute_capability = compute_capability
+
+
+def shapes(*, head_dim=64, dtype=jnp.bfloat16, documents=False):
+  q, k = (jax.ShapeDtypeStruct((2, 64, heads, head_dim), dtype) for heads in (4, 2))
+  segments = jax.ShapeDtypeStruct((2, 64), jnp.int32) if documents else None
+  return (q, k, k), dict(segments_BT=segments, max_documents=4 if documents else None)
+
+
+@pytest.mark.parametrize(
+  ("capability", "problem", "said"),
+  [
+    ("9.0", dict(documents=True), "cudnn (the first choice)"),
+    ("9.0", dict(head_dim=256), "cudnn (the first choice)"),
+    ("9.0", dict(dtype=jnp.float16), "cudnn (the first choice)"),
+    ("8.0", dict(head_dim=128), "cudnn (the first choice)"),
+    ("9.0", dict(dtype=jnp.float32), "xla (cudnn takes bfloat16 or float16, not float32)"),
+    ("9.0", dict(head_dim=12), "xla (cudnn takes head sizes up to 256 in steps of 8, not 12)"),
+    (
+      "8.0",
+      dict(head_dim=256),
+      "xla (cudnn takes head sizes up to 128 in steps of 8, not 256)",
+    ),
+    (
+      "8.6",
+      dict(documents=True),
+      "xla (cudnn separates packed documents from compute capability 9.0 on, NVIDIA Test has "
+      "8.6)",
+    ),
+    ("7.5", {}, "xla (cudnn needs compute capability 8.0, NVIDIA Test has 7.5)"),
+  ],
+)
+def test_gpus_take_cudnn_where_it_can_run(capability, problem, said, monkeypatch):
+  monkeypatch.setattr(jax, "devices", lambda: [FakeDevice(capability)])
+  arrays, options = shapes(**problem)
+  assert str(choose_full_attention(*arrays, **options)) == f"full_attention: {said}"
+
+
+def test_one_document_a_row_needs_no_separation(monkeypatch):
+  monkeypatch.setattr(jax, "devices", lambda: [FakeDevice("8.0")])
+  arrays, options = shapes(documents=True)
+  assert choose_full_attention(*arrays, **options).backend == "xla"
+  assert choose_full_attention(*arrays, **options | dict(max_documents=1)).backend == "cudnn"
+
+
+def test_where_there_is_no_gpu_strict_and_cudnn_are_refused():
+  if jax.devices()[0].platform == "gpu":
+    pytest.skip("this machine has a GPU")
+  arrays, _ = shapes()
+  why = "cudnn needs an NVIDIA GPU, this is cpu"
+  assert choose_full_attention(*arrays) == ("full_attention", "xla", why)
+  assert choose_full_attention(*arrays, implementation="xla").reason == "asked for"
+  for implementation in ("cudnn", "strict"):
+    with pytest.raises(ValueError, match=f"='{implementation}' cannot run: {why}; 'xla' runs"):
+      choose_full_attention(*arrays, implementation=implementation)
+    with pytest.raises(ValueError, match=f"='{implementation}' cannot run: {why}"):
+      full_attention(*make_problem(), implementation=implementation)
+  # Unwrapped, since the hook that checks types would see the unknown name first.
+  with pytest.raises(KeyError, match="no implementation 'flash' of full_attention"):
+    inspect.unwrap(choose_full_attention)(*make_problem(), implementation="flash")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(q=(1, 32, 3, 8)), "3 query heads do not group over 2"),
+    (dict(v=(1, 16, 2, 8)), "k and v must be"),
+    (dict(dtype=jnp.bfloat16), "share a dtype"),
+    (dict(segments=(1, 16)), "segments must be"),
+    (dict(segments=(1, 32), max_documents=None), "max_documents=None must be at least 1"),
+    (dict(segments=(1, 32), max_documents=0), "max_documents=0 must be at least 1"),
+  ],
+)
+def test_wrong_input_is_refused(change, message):
+  q = jnp.ones(change.get("q", (1, 32, 4, 8)), change.get("dtype", jnp.float32))
+  k, v = jnp.ones((1, 32, 2, 8)), jnp.ones(change.get("v", (1, 32, 2, 8)))
+  segments = jnp.ones(change["segments"], jnp.int32) if "segments" in change else None
+  max_documents = change.get("max_documents", 4)
+  # Unwrapped, since the hook that checks array types would see mismatched shapes first.
+  choose = inspect.unwrap(choose_full_attention)
+  with pytest.raises(ValueError, match=message):
+    choose(q, k, v, segments_BT=segments, max_documents=max_documents)
+
+
+def test_reference_is_the_definition():
+  """One query and one head at a time in numpy."""
+  q, k, v = make_problem(t=24)
+  segments = make_segments(length=24)
+  out = full_attention(
+    q, k, v, segments_BT=segments, max_documents=4, implementation="reference"
+  )
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  for row, query, head in np.ndindex(2, 24, 4):
+    seen = [s for s in range(query + 1) if segments[row, s] == segments[row, query]]
+    scores = k[row, seen, head // 2] @ q[row, query, head] * 8**-0.5
+    weights = np.exp(scores) / np.exp(scores).sum()
+    wanted = weights @ v[row, seen, head // 2]
+    np.testing.assert_allclose(out[row, query, head], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_documents", [1, 3, 8])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_cudnn_keeps_documents_apart(head_dim, max_documents):
+  """Values and gradients of the packed form against masked attention in float32."""
+  q, k, v = make_problem(b=3, t=512, h=8, k=2, d=head_dim, dtype=jnp.bfloat16)
+  segments = make_segments(rows=3, length=512, num_documents=max(1, max_documents - 1))
+  if max_documents == 1:
+    segments = jnp.ones((3, 512), jnp.int32)
+  dout = jax.random.normal(jax.random.key(9), q.shape)
+
+  def run(q, k, v):
+    return full_attention(
+      q, k, v, segments_BT=segments, max_documents=max_documents, implementation="cudnn"
+    )
+
+  out, vjp = jax.vjp(jax.jit(run), q, k, v)
+  exact_inputs = [x.astype(jnp.float32) for x in (q, k, v)]
+  wanted, exact_vjp = jax.vjp(lambda *x: expected(*x, segments), *exact_inputs)
+  pairs = zip((out, *vjp(dout.astype(out.dtype))), (wanted, *exact_vjp(dout)), strict=True)
+  for actual, exact in pairs:
+    error = jnp.linalg.norm(actual.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    assert error < 1e-2
+
+
+@pytest.mark.gpu
+def test_cudnn_refuses_more_documents_than_it_was_told_of():
+  q, k, v = make_problem(b=1, t=128, h=4, k=2, d=64, dtype=jnp.bfloat16)
+  segments = 1 + jnp.arange(128)[None] // 16
+  out = full_attention(q, k, v, segments_BT=segments, max_documents=4, implementation="cudnn")
+  assert jnp.isnan(out).all()
+
+
+@pytest.mark.gpu
+def test_a_hopper_takes_cudnn():
+  for dtype, backend in ((jnp.bfloat16, "cudnn"), (jnp.float32, "xla")):
+    arrays, options = shapes(dtype=dtype, documents=True)
+    assert choose_full_attention(*arrays, **options).backend == backend

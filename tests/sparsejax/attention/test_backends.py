@@ -1,0 +1,209 @@
+"""What a model's attention runs on, said or refused before anything runs."""
+
+import jax
+import pytest
+
+import pallas_kernels
+from sparsejax import attention, errors
+from sparsejax.attention import backends
+from tests import small
+
+SHAPE = dict(dtype="bfloat16", num_heads=4, num_kv_heads=2, head_dim=64, length=64)
+CUDNN = "cudnn needs an NVIDIA GPU, this is cpu"
+MOSAIC = "mosaic_gpu needs a Hopper GPU, this is cpu"
+TRITON = "triton needs an NVIDIA GPU, this is cpu"
+
+pytestmark = pytest.mark.skipif(
+  jax.devices()[0].platform == "gpu", reason="what is said of a machine without a GPU"
+)
+
+
+def choose(**keys):
+  changes = {f"attention__{key}": value for key, value in keys.items()}
+  return backends.choose(small.make_model(**changes).options, **SHAPE)
+
+
+@pytest.mark.parametrize("method", attention.METHODS)
+def test_every_operation_of_both_streams_is_there_once(method):
+  both = ["dual_path_attention"] if method == "ssa" else []
+  ops = [choice.op for choice in choose(method=method)]
+  assert ops == ["full_attention", "block_selection", "block_sparse_attention", *both]
+
+
+def test_a_cpu_takes_xla_and_says_why():
+  full, selection, sparse, dual = map(str, choose(method="ssa"))
+  assert full == f"full_attention: xla ({CUDNN})"
+  assert selection == f"block_selection: xla ({MOSAIC})"
+  assert sparse == f"block_sparse_attention: xla ({MOSAIC}; {TRITON})"
+  assert dual == (
+    "dual_path_attention: separate (full_attention by xla, block_sparse_attention by xla)"
+  )
+
+
+def test_a_name_is_taken():
+  named = choose(method="ssa", full_implementation="xla", sparse_implementation="reference")
+  assert [str(choice) for choice in named] == [
+    "full_attention: xla (asked for)",
+    "block_selection: reference (asked for)",
+    "block_sparse_attention: reference (asked for)",
+    "dual_path_attention: separate (full_attention by xla, block_sparse_attention by "
+    "reference)",
+  ]
+
+
+def test_strict_refuses_every_operation_without_a_kernel_at_once():
+  with pytest.raises(errors.ConfigError) as caught:
+    choose(kernels="strict")
+  assert str(caught.value).splitlines() == [
+    f"attention.kernels='strict': no GPU kernel can run full_attention ({CUDNN}). Set "
+    "attention.kernels to 'auto' to run it in XLA.",
+    f"attention.kernels='strict': no GPU kernel can run block_selection ({MOSAIC}). Set "
+    "attention.kernels to 'auto' to run it in XLA.",
+    "attention.kernels='strict': no GPU kernel can run block_sparse_attention "
+    f"({MOSAIC}; {TRITON}). Set attention.kernels to 'auto' to run it in XLA.",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("key", "name", "why"),
+  [
+    ("full_implementation", "cudnn", CUDNN),
+    ("sparse_implementation", "mosaic_gpu", MOSAIC),
+    ("sparse_implementation", "triton", TRITON),
+  ],
+)
+def test_a_name_that_cannot_run_is_refused_by_its_key(key, name, why):
+  with pytest.raises(errors.ConfigError) as caught:
+    choose(**{key: name})
+  lines = str(caught.value).splitlines()
+  # Selection and attention run on the same kernels, but Triton has none for selection.
+  assert len(lines) == (2 if name == "mosaic_gpu" else 1)
+  for line in lines:
+    assert line == f"attention.{key}={name!r} cannot run: {why}. Set it to 'auto'."
+
+
+def test_operations_are_asked_about_as_the_methods_call_them(monkeypatch):
+  """Shapes, dtypes, documents and names reach the operations."""
+  asked = {}
+
+  def record(name):
+    def ask(*arrays, **options):
+      asked[name] = [x.shape for x in arrays], arrays[0].dtype.name, options
+      return pallas_kernels.Choice(name, "fast", "why")
+
+    return ask
+
+  for op in (
+    "full_attention",
+    "block_selection",
+    "block_sparse_attention",
+    "dual_path_attention",
+  ):
+    monkeypatch.setattr(pallas_kernels, f"choose_{op}", record(op))
+  choose(method="ssa", kernels="strict", document_mask="full", num_blocks=99)
+  qkv = [(1, 64, 4, 64), (1, 64, 2, 64), (1, 64, 2, 64)]
+  # A row of 64 tokens has 8 blocks, whatever the budget.
+  with_lists = [*qkv, (1, 64, 2, 8)]
+  shapes, dtype, options = asked["full_attention"]
+  assert (shapes, dtype) == (qkv, "bfloat16")
+  assert options.pop("segments_BT").shape == (1, 64)
+  assert options == dict(max_documents=4, implementation="strict")
+  shapes, dtype, options = asked["block_selection"]
+  assert (shapes, dtype) == (qkv[:2], "bfloat16")
+  assert options == dict(block_size=8, num_blocks=8, implementation="strict")
+  shapes, dtype, options = asked["block_sparse_attention"]
+  assert (shapes, dtype) == (with_lists, "bfloat16")
+  assert options == dict(block_size=8, segments_BS=None, implementation="strict")
+  shapes, dtype, options = asked["dual_path_attention"]
+  assert (shapes, dtype) == (with_lists, "bfloat16")
+  assert options.pop("full_segments_BT").shape == (1, 64)
+  assert options == dict(
+    block_size=8,
+    sparse_segments_BT=None,
+    max_documents=4,
+    full_implementation="strict",
+    sparse_implementation="strict",
+  )
+
+
+@pytest.mark.parametrize(
+  ("kernels", "named", "attention_runs", "selection_runs"),
+  [
+    ("auto", "auto", "auto", "auto"),
+    ("strict", "auto", "strict", "strict"),
+    ("auto", "mosaic_gpu", "mosaic_gpu", "mosaic_gpu"),
+    ("strict", "mosaic_gpu", "mosaic_gpu", "mosaic_gpu"),
+    ("auto", "reference", "reference", "reference"),
+    ("auto", "triton", "triton", "auto"),
+    ("strict", "triton", "triton", "strict"),
+  ],
+)
+def test_a_name_comes_before_kernels(kernels, named, attention_runs, selection_runs):
+  options = small.make_model(
+    attention__kernels=kernels, attention__sparse_implementation=named
+  ).options
+  assert options.sparse_backend == attention_runs
+  assert options.selection_backend == selection_runs
+  assert options.full_backend == kernels
+
+
+@pytest.mark.parametrize("stream", ["train", "full", "sparse"])
+def test_what_is_asked_for_reaches_the_operations_themselves(stream):
+  """Whoever does not ask before gets the operation's own error, not another backend."""
+  transformer = small.make_model(attention__kernels="strict")
+  batch = small.make_batch()
+  params = small.make_params(small.make_model())
+  with pytest.raises(pallas_kernels.CannotRunError, match="implementation='strict' cannot run"):
+    transformer.apply(
+      {"params": params}, batch.inputs, batch.positions, batch.segments, stream=stream
+    )
+
+
+CUDNN_NAMED, MOSAIC_NAMED = dict(implementation="cudnn"), dict(implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+  ("stream", "expected"),
+  [
+    ("full", dict(full_attention=CUDNN_NAMED)),
+    ("sparse", dict(select_blocks=MOSAIC_NAMED, block_sparse_attention=MOSAIC_NAMED)),
+    (
+      "train",
+      dict(
+        select_blocks=MOSAIC_NAMED,
+        dual_path_attention=dict(
+          full_implementation="cudnn", sparse_implementation="mosaic_gpu"
+        ),
+      ),
+    ),
+  ],
+)
+def test_each_operation_is_told_its_own_name(stream, expected, monkeypatch):
+  told = {}
+
+  def spy(name):
+    run = getattr(pallas_kernels, name)
+
+    def call(*arrays, **options):
+      told[name] = {k: x for k, x in options.items() if k.endswith("implementation")}
+      return run(*arrays, **{k: x for k, x in options.items() if k not in told[name]})
+
+    return call
+
+  for op in (
+    "full_attention",
+    "select_blocks",
+    "block_sparse_attention",
+    "dual_path_attention",
+  ):
+    monkeypatch.setattr(pallas_kernels, op, spy(op))
+  names = dict(full_implementation="cudnn", sparse_implementation="mosaic_gpu")
+  transformer = small.make_model(**{f"attention__{key}": name for key, name in names.items()})
+  batch = small.make_batch()
+  params = small.make_params(small.make_model())
+  # Those of making the parameters do not count.
+  told.clear()
+  transformer.apply(
+    {"params": params}, batch.inputs, batch.positions, batch.segments, stream=stream
+  )
+  assert told == expected
