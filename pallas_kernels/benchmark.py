@@ -24,7 +24,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import benchmark_lists, devices
+from pallas_kernels import benchmark_layer, benchmark_lists, devices
 from pallas_kernels.block_sparse_attention import mosaic_gpu, mosaic_gpu_call, reference, xla
 from pallas_kernels.block_sparse_attention.problem import Problem
 
@@ -137,9 +137,12 @@ def check(shape: Shape, kind: str) -> dict[str, float]:
 
     return run(*(x.astype(dtype) for x in (q, k, v, dout)))
 
+  different = benchmark_layer.check_selection(
+    q, k, block_size=short.block_size, num_blocks=short.num_blocks
+  )
   exact = outputs(reference.block_sparse_attention, jnp.float32)
   actual = outputs(mosaic_gpu.block_sparse_attention, jnp.bfloat16)
-  errors = {}
+  errors = {"lists": different}
   for name, a, e in zip(("out", "lse", "dq", "dk", "dv"), actual, exact, strict=True):
     difference = a.astype(jnp.float32) - e
     errors[name] = float(jnp.sqrt(jnp.square(difference).mean() / jnp.square(e).mean()))
@@ -243,6 +246,36 @@ def run(name: str, shape: Shape, kind: str) -> list[Row]:
     total = dense_forward + dense_backward
     arrays = (q, k, v, q, q, k, v, dout, q, k, v)
     rows.append(rated(f"op{label}, forward and backward", both, 7, arrays, both / total))
+  return rows + _around(row, shape, (q, k, v, dout), blocks, (dense_forward, dense_backward))
+
+
+def _around(row, shape: Shape, inputs, blocks, dense) -> list[Row]:
+  """Selection, and whole layers; lists of the latter are those of the inputs."""
+  q, k, v, dout = inputs
+  scale, sizes = shape.head_dim**-0.5, dict(block_size=shape.block_size)
+  problem = Problem(q, k, v, blocks, jnp.int32(0), None, None)
+  call = mosaic_gpu_call.Call(problem, shape.block_size, scale)
+  bounds = jax.jit(call.bounds)(problem)
+  rows = []
+  passes = benchmark_layer.selection_passes(call, bounds, num_blocks=shape.num_blocks, **sizes)
+  for what, function in passes.items():
+    ms = measure(jax.jit(function), q, k)
+    rows.append(row(what, ms, ratio=ms / dense[0]))
+
+  def attend(q, k, v, blocks):
+    problem = Problem(q, k, v, blocks, jnp.int32(0), None, None)
+    return mosaic_gpu.block_sparse_attention(problem, 0, shape.block_size, scale)[0]
+
+  layer = functools.partial(
+    benchmark_layer.layer, attend=attend, num_blocks=shape.num_blocks, **sizes
+  )
+  dual = functools.partial(benchmark_layer.dual_path, **sizes)
+  for what, function, args in (
+    ("sparse layer, forward and backward", layer, (q, k, v, dout)),
+    ("dual path, forward and backward", dual, (q, k, v, blocks, dout, dout)),
+  ):
+    ms = measure(jax.jit(function), *args)
+    rows.append(row(what, ms, ratio=ms / sum(dense)))
   return rows
 
 

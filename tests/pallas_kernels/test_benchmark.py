@@ -1,11 +1,15 @@
 """The benchmark's lists and counts; what it times needs a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import benchmark, benchmark_lists
+from pallas_kernels import benchmark, benchmark_layer, benchmark_lists, devices
+from pallas_kernels.block_sparse_attention import mosaic_gpu, mosaic_gpu_call
+from pallas_kernels.block_sparse_attention.problem import Problem
 
 T, BLOCK, M = 128, 16, 3
 
@@ -65,8 +69,31 @@ def test_where_it_cannot_run_it_says_so(capsys):
   assert "no shape 'ssa_9k'; there are ssa_8k" in capsys.readouterr().err
 
 
+def test_layers_are_built_as_on_a_gpu(monkeypatch):
+  """Everything but running: arguments, shapes and implementations fit together."""
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  q, k = (jnp.zeros((1, 96, heads, 64), jnp.bfloat16) for heads in (32, 2))
+  problem = Problem(q, k, k, jnp.zeros((1, 96, 2, 4), int), jnp.int32(0), None, None)
+  call = mosaic_gpu_call.Call(problem, 16, 0.125)
+  passes = benchmark_layer.selection_passes(
+    call, call.bounds(problem), block_size=16, num_blocks=4
+  )
+  lists = jax.eval_shape(passes["selection"], q, k)
+  assert lists.shape == (1, 96, 2, 4)
+  tiles = jax.eval_shape(passes["selection and lists of query tiles"], q, k)
+  assert tiles.count_RX.shape == (2, 8)
+
+  def attend(q, k, v, blocks):
+    problem = Problem(q, k, v, blocks, jnp.int32(0), None, None)
+    return mosaic_gpu.block_sparse_attention(problem, 0, 16, 0.125)[0]
+
+  layer = functools.partial(benchmark_layer.layer, attend=attend, block_size=16, num_blocks=4)
+  shapes = [x.shape for x in jax.eval_shape(layer, q, k, k, q)]
+  assert shapes == [q.shape, k.shape, k.shape]
+
+
 @pytest.mark.gpu
 def test_errors_are_measured_before_anything_is_timed():
   for name in benchmark.DEFAULT:
     errors = benchmark.check(benchmark.SHAPES[name], "clustered")
-    assert errors.keys() == {"out", "lse", "dq", "dk", "dv"}
+    assert errors.keys() == {"lists", "out", "lse", "dq", "dk", "dv"}

@@ -1,0 +1,69 @@
+"""What the benchmark times around the attention kernels: selection, and whole SSA layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.block_selection.api import select_blocks
+from pallas_kernels.dual_path_attention.api import dual_path_attention
+
+# Lists may differ where rounding decides between scores, but no more often than this.
+MOST_DIFFERENT = 0.01
+
+
+def check_selection(q_BTHD, k_BTKD, *, block_size: int, num_blocks: int) -> float:
+  """The share of the kernel's lists that are not those that XLA finds.
+
+  Raises:
+    AssertionError: it is too large.
+  """
+  run = functools.partial(select_blocks, block_size=block_size, num_blocks=num_blocks)
+  lists, expected = (
+    jnp.sort(run(q_BTHD, k_BTKD, implementation=name), axis=-1)
+    for name in ("mosaic_gpu", "xla")
+  )
+  different = float((lists != expected).any(-1).mean())
+  assert different <= MOST_DIFFERENT, f"{different:.1%} of the lists are others"
+  return different
+
+
+def selection_passes(call, bounds, *, block_size: int, num_blocks: int):
+  """Selection alone, and with the lists that the forward kernel reads, by name."""
+  select = functools.partial(
+    select_blocks, block_size=block_size, num_blocks=num_blocks, implementation="mosaic_gpu"
+  )
+
+  def with_lists(q_BTHD, k_BTKD):
+    return call.make_query_tiles(call.make_unit_lists(select(q_BTHD, k_BTKD), bounds))
+
+  return {"selection": select, "selection and lists of query tiles": with_lists}
+
+
+def dual_path(q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, dfull_BTHD, dsparse_BTHD, *, block_size):
+  """Both streams of SSA and their gradients."""
+
+  def of(q, k, v):
+    return dual_path_attention(
+      q,
+      k,
+      v,
+      blocks_BTKM,
+      block_size=block_size,
+      full_implementation="cudnn",
+      sparse_implementation="mosaic_gpu",
+    )
+
+  return jax.vjp(of, q_BTHD, k_BTKD, v_BTKD)[1]((dfull_BTHD, dsparse_BTHD))
+
+
+def layer(q_BTHD, k_BTKD, v_BTKD, dout_BTHD, *, attend, block_size: int, num_blocks: int):
+  """A sparse layer's selection, attention and gradients."""
+  blocks_BTKM = select_blocks(
+    q_BTHD,
+    k_BTKD,
+    block_size=block_size,
+    num_blocks=num_blocks,
+    implementation="mosaic_gpu",
+  )
+  return jax.vjp(lambda *x: attend(*x, blocks_BTKM), q_BTHD, k_BTKD, v_BTKD)[1](dout_BTHD)
