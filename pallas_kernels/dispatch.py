@@ -37,6 +37,7 @@ class CannotRunError(ValueError):
 
   Attributes:
     op: the operation.
+    asked: `auto`, `strict` or a name.
     reasons: for everything that was asked for, why not.
   """
 
@@ -45,6 +46,7 @@ class CannotRunError(ValueError):
       f"{op}: implementation={asked!r} cannot run: {reasons}; {fallback!r} runs anywhere"
     )
     self.op = op
+    self.asked = asked
     self.reasons = reasons
 
 

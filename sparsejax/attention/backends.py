@@ -35,7 +35,6 @@ def choose(
     ConfigError: for each operation that cannot run on what was asked for, why not, and what
       to set.
   """
-
   asked = _Questions(options, dtype, num_heads, num_kv_heads, head_dim, length)
   choices, problems = [], []
   for key, ask in (
@@ -46,7 +45,7 @@ def choose(
     try:
       choices.append(ask())
     except pallas_kernels.CannotRunError as error:
-      problems.append(_problem(options, key, error))
+      problems.append(_problem(key, error))
   if problems:
     raise errors.ConfigError("\n".join(problems))
   if options.method == "ssa":
@@ -109,11 +108,10 @@ class _Questions:
     )
 
 
-def _problem(options: method.Options, key: str, error: pallas_kernels.CannotRunError) -> str:
-  named = getattr(options, key)
-  if named == "auto":
+def _problem(key: str, error: pallas_kernels.CannotRunError) -> str:
+  if error.asked == "strict":
     return (
-      f"attention.kernels={options.kernels!r}: no GPU kernel can run {error.op} "
-      f"({error.reasons}). Set attention.kernels to 'auto' to run it in XLA."
+      f"attention.kernels='strict': no GPU kernel can run {error.op} ({error.reasons}). Set "
+      "attention.kernels to 'auto' to run it in XLA."
     )
-  return f"attention.{key}={named!r} cannot run: {error.reasons}. Set it to 'auto'."
+  return f"attention.{key}={error.asked!r} cannot run: {error.reasons}. Set it to 'auto'."

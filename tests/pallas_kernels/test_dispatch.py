@@ -69,7 +69,7 @@ def test_strict_never_falls_back():
     "anywhere"
   )
   assert isinstance(caught.value, dispatch.CannotRunError)
-  assert caught.value.op == "op"
+  assert (caught.value.op, caught.value.asked) == ("op", "strict")
   assert caught.value.reasons == f"mosaic_gpu {OLD}; triton {NARROW}"
 
 

@@ -64,6 +64,16 @@ def test_strict_refuses_every_operation_without_a_kernel_at_once():
   ]
 
 
+def test_the_key_that_asked_is_the_one_that_is_named():
+  """Triton has no kernel of selection, so that it is `strict` which selection cannot keep."""
+  with pytest.raises(errors.ConfigError) as caught:
+    choose(kernels="strict", sparse_implementation="triton")
+  full, selection, sparse = str(caught.value).splitlines()
+  assert full.startswith("attention.kernels='strict': no GPU kernel can run full_attention")
+  assert selection.startswith("attention.kernels='strict': no GPU kernel can run block_selec")
+  assert sparse.startswith("attention.sparse_implementation='triton' cannot run: triton needs")
+
+
 @pytest.mark.parametrize(
   ("key", "name", "why"),
   [
