@@ -128,6 +128,7 @@ def choose_block_selection(
   *,
   block_size: int,
   num_blocks: int,
+  rule: Rule = "exact",
   pooling: Pooling | None = None,
   implementation: SelectionImplementation | None = None,
 ) -> dispatch.Choice:
@@ -148,7 +149,7 @@ def choose_block_selection(
     num_initial=0,
     num_local=1,
     pooling=poolings.whole_blocks(block_size) if pooling is None else pooling,
-    rule="exact",
+    rule=rule,
     scale=1.0,
   )
   return _choose(problem, rules, implementation)

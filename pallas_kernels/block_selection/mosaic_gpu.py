@@ -389,7 +389,7 @@ class _Tile:
     lax.fori_loop(0, count, advance, None)
 
   def _products(self, n, p, keys_ref, window):
-    """Scores [L, 64] of a pair of heads, with what a row does not see put out of reach."""
+    """Products [L, 64] of a pair of heads, with what a row does not see put out of reach."""
     queries = self.smem["q"].at[pl.ds(_ROWS * p, _ROWS)]
 
     def multiply(sums):
@@ -401,11 +401,17 @@ class _Tile:
     is_odd = self.call.num_heads % 2 == 1
     is_last = n * self.call.config.pairs + p == self.call.num_pairs - 1
     base = jnp.where(is_odd & is_last, 2, 0)
-    bounds = self.smem["bounds"]
-    first, end = (self._vector(bounds.at[base + i]) for i in (_FIRST, _END))
-    column = window + self._columns()
-    first, end = (lax.broadcast_in_dim(x, column.shape, [0]) for x in (first, end))
-    return jnp.where((column >= first) & (column < end), scores * self.call.factor, _MASKED)
+    bounds, last = self.smem["bounds"], _ROWS - 1
+
+    def mask(scores):
+      first, end = (self._vector(bounds.at[base + i]) for i in (_FIRST, _END))
+      column = window + self._columns()
+      first, end = (lax.broadcast_in_dim(x, column.shape, [0]) for x in (first, end))
+      return jnp.where((column >= first) & (column < end), scores, _MASKED)
+
+    # Queries ascend, and so do their bounds: most chunks are seen whole by all of them.
+    is_edge = (window < bounds[_FIRST, last]) | (window + _CHUNK > bounds[_END, 0]) | (base > 0)
+    return lax.cond(is_edge, mask, lambda scores: scores, scores)
 
   def _normalize(self, n: int, begin, end) -> None:
     """Finds the logarithms of the sums of exponentials, base 2, of a round's heads."""
@@ -420,8 +426,9 @@ class _Tile:
       def add_pair(p, _):
         scores = self._products(n, p, keys_ref, window)
         highest = self._vector(norms.at[0, p])
-        new_highest = jnp.maximum(highest, scores.max(axis=1))
-        weights = jnp.exp2(scores - lax.broadcast_in_dim(new_highest, scores.shape, [0]))
+        # The scale enters in one multiply-add with the maximum.
+        new_highest = jnp.maximum(highest, scores.max(axis=1) * self.call.factor)
+        weights = jnp.exp2(self._minus(scores, new_highest))
         norm = self._vector(norms.at[1, p]) * jnp.exp2(highest - new_highest)
         norms.at[0, p][...] = new_highest
         norms.at[1, p][...] = norm + weights.sum(axis=1)
@@ -455,7 +462,7 @@ class _Tile:
       def add_pair(p, total):
         scores = self._products(n, p, keys_ref, window)
         lse = self._vector(smem["lse"].at[n * self.call.config.pairs + p])
-        return total + jnp.exp2(scores - lax.broadcast_in_dim(lse, scores.shape, [0]))
+        return total + jnp.exp2(self._minus(scores, lse))
 
       total = lax.fori_loop(0, self._num_pairs(n), add_pair, self._zeros())
       column = _HALO + window - first
@@ -475,6 +482,10 @@ class _Tile:
           mosaic_top.choose_interpreted(*arguments)
         else:
           mosaic_top.choose(*arguments)
+
+  def _minus(self, scores, x):
+    """Scaled scores less a number for each row."""
+    return scores * self.call.factor + lax.broadcast_in_dim(-x, scores.shape, [0])
 
   # Arrays.
 

@@ -83,6 +83,7 @@ class _Questions:
       k_BTKD,
       block_size=self._options.block_size,
       num_blocks=self._blocks_BTKM.shape[-1],
+      rule=self._options.selection,
       implementation=self._options.selection_backend,
     )
 

@@ -110,7 +110,13 @@ def test_operations_are_asked_about_as_the_methods_call_them(monkeypatch):
     "dual_path_attention",
   ):
     monkeypatch.setattr(pallas_kernels, f"choose_{op}", record(op))
-  choose(method="ssa", kernels="strict", document_mask="full", num_blocks=99)
+  choose(
+    method="ssa",
+    kernels="strict",
+    document_mask="full",
+    num_blocks=99,
+    selection="half_local",
+  )
   qkv = [(1, 64, 4, 64), (1, 64, 2, 64), (1, 64, 2, 64)]
   # A row of 64 tokens has 8 blocks, whatever the budget.
   with_lists = [*qkv, (1, 64, 2, 8)]
@@ -120,7 +126,7 @@ def test_operations_are_asked_about_as_the_methods_call_them(monkeypatch):
   assert options == dict(max_documents=4, implementation="strict")
   shapes, dtype, options = asked["block_selection"]
   assert (shapes, dtype) == (qkv[:2], "bfloat16")
-  assert options == dict(block_size=8, num_blocks=8, implementation="strict")
+  assert options == dict(block_size=8, num_blocks=8, rule="half_local", implementation="strict")
   shapes, dtype, options = asked["block_sparse_attention"]
   assert (shapes, dtype) == (with_lists, "bfloat16")
   assert options == dict(block_size=8, segments_BS=None, implementation="strict")
