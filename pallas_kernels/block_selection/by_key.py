@@ -12,6 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels import documents
 from pallas_kernels.block_selection import plan
 from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.problem import Problem, Rules
@@ -54,7 +55,7 @@ def block_scores(problem: Problem, rules: Rules) -> jax.Array:
     )
   # Windows that end before the document are another document's.
   last_N = jnp.minimum((jnp.arange(num_blocks) + 1) * rules.block_size, s) - 1
-  first_BN = plan.first_positions(segments)[:, last_N]
+  first_BN = documents.first_positions(segments)[:, last_N]
   best = jnp.full((scores.shape[0], scores.shape[2], num_blocks), -jnp.inf)
   for i in range(rules.pooling.count):
     one = poolings.Pooling(rules.pooling.size, rules.pooling.stride, rules.pooling.first + i, 1)
@@ -72,7 +73,7 @@ def _candidates(problem: Problem, rules: Rules) -> jax.Array:
   first_BN = jnp.zeros((b, n), jnp.int32)
   if problem.segments_BS is not None:
     starts = jnp.arange(n) * rules.block_size
-    first_BN = plan.first_positions(problem.segments_BS)[:, starts] // rules.block_size
+    first_BN = documents.first_positions(problem.segments_BS)[:, starts] // rules.block_size
   block_N = jnp.arange(n)
   num_candidates = min(rules.num_blocks, n)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import documents
 from pallas_kernels.block_selection.problem import Problem, Rules
 
 
@@ -48,7 +49,7 @@ def bounds(problem: Problem, rules: Rules) -> Bounds:
   if problem.segments_BS is None:
     first_BT = jnp.zeros((b, t), jnp.int32)
   else:
-    first_BT = first_positions(problem.segments_BS)[:, position_T]
+    first_BT = documents.first_positions(problem.segments_BS)[:, position_T]
   position_BT = jnp.broadcast_to(position_T[None], (b, t))
   return Bounds(
     # The first window whose last key is not before the document.
@@ -57,13 +58,6 @@ def bounds(problem: Problem, rules: Rules) -> Bounds:
     first_block=first_BT // rules.block_size,
     own_block=position_BT // rules.block_size,
   )
-
-
-def first_positions(segments_BS: jax.Array) -> jax.Array:
-  """The first position of the run of equal segments that each position is in."""
-  index_S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)
-  begins_BS = jnp.diff(segments_BS, axis=1, prepend=segments_BS[:, :1] - 1) != 0
-  return jax.lax.cummax(jnp.where(begins_BS, index_S[None], 0), axis=1)
 
 
 def spans(bounds: Bounds, rules: Rules) -> list[Span]:

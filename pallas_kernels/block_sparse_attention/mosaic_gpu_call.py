@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import devices
+from pallas_kernels import devices, documents
 from pallas_kernels.block_lists import key_tiles, query_tiles, units
 from pallas_kernels.block_sparse_attention import (
   mosaic_gpu_dkv,
@@ -70,7 +70,7 @@ class Call:
     position_BT = jnp.broadcast_to(position_T[None], (b, t))
     if problem.segments_BS is None:
       return jnp.zeros((b, t), jnp.int32), position_BT
-    return _first_keys(problem.segments_BS)[:, position_T], position_BT
+    return documents.first_positions(problem.segments_BS)[:, position_T], position_BT
 
   def make_unit_lists(self, blocks_BTKM, bounds) -> units.UnitLists:
     first_BT, position_BT = bounds
@@ -192,10 +192,3 @@ def _split_blocks(blocks_BTKM, parts: int):
   is_there = (blocks_BTKM >= 0) & (blocks_BTKM < 2**24)
   split = jnp.where(is_there[..., None], split, -1)
   return split.reshape(*blocks_BTKM.shape[:-1], -1)
-
-
-def _first_keys(segments_BS):
-  """The first position of the run of equal segments that each position is in."""
-  index_S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)
-  begins_BS = jnp.diff(segments_BS, axis=1, prepend=segments_BS[:, :1] - 1) != 0
-  return jax.lax.cummax(jnp.where(begins_BS, index_S[None], 0), axis=1)

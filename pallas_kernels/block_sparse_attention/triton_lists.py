@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import documents
 from pallas_kernels.block_lists import units
 from pallas_kernels.block_sparse_attention import problem as problems
 from pallas_kernels.block_sparse_attention.triton_shape import Shape
@@ -64,10 +65,7 @@ def first_keys(problem: problems.Problem) -> jax.Array:
   b, t = problem.q_BTHD.shape[:2]
   if problem.segments_BS is None:
     return jnp.zeros((b, t), jnp.int32)
-  segments_BS = problem.segments_BS
-  index_S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)
-  begins_BS = jnp.diff(segments_BS, axis=1, prepend=segments_BS[:, :1] - 1) != 0
-  first_BS = jax.lax.cummax(jnp.where(begins_BS, index_S[None], 0), axis=1)
+  first_BS = documents.first_positions(problem.segments_BS)
   return first_BS[:, problem.query_offset + jnp.arange(t, dtype=jnp.int32)]
 
 
