@@ -41,7 +41,7 @@ class KeyTiles(NamedTuple):
     bounds_W: the first window of every worker, and at last their number.
     first_tile_W, last_tile_W: the tiles that a worker begins and ends in.
     first_worker_X, last_worker_X: workers that share a tile; where it has no window, the
-      last is before the first.
+      last is before the first. Workers between them may have no window at all.
   """
 
   units_W: jax.Array

@@ -16,7 +16,10 @@ from pallas_kernels.block_sparse_attention import (
 from pallas_kernels.block_sparse_attention import problem as problems
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import STEP, UNIT, Shape
 
+INTERPRETED_WORKERS = 2
 _LOG2E = 1.4426950408889634
+# Copies take whole tiles of shared memory, so that many keys at least.
+_KEYS_PER_COPY = 8
 
 
 def query_config(head_dim: int) -> mosaic_gpu_walk.Config:
@@ -47,18 +50,19 @@ class Call:
     self._parts_of_block = block_size // kernel_block
     self._num_blocks = -(-s // block_size) * self._parts_of_block
     self._query_config, self._key_config = query_config(d), key_config(d)
+    self._num_keys = s
     shape = Shape(
       batch=b,
       num_kv_heads=k,
       num_units=grouping.num_units,
       units_per_token=grouping.units_per_token,
       tokens_per_unit=grouping.tokens_per_unit,
-      num_keys=s,
+      num_keys=s + -s % _KEYS_PER_COPY,
       head_dim=d,
       block_size=kernel_block,
       has_bias=problem.key_bias_BSK is not None,
       interpreted=interpret is not None,
-      num_workers=devices.num_multiprocessors() if interpret is None else 2,
+      num_workers=devices.num_multiprocessors() if interpret is None else INTERPRETED_WORKERS,
     )
     self._shape = shape
     self._options = dict(shape=shape, scale=scale, interpret=interpret)
@@ -106,15 +110,14 @@ class Call:
     """What the kernels over query tiles read besides queries."""
     first_BL, position_BL = (self._whole_tiles(self.packing.token_lines(x)) for x in bounds)
     return mosaic_gpu_walk.Lists(
-      problem.k_BSKD,
-      problem.v_BSKD,
+      *self._keys(problem),
       tiles.union_RXC,
       tiles.count_RX,
       tiles.entries_RUE,
       first_BL,
       position_BL,
       tiles.tokens_RUE if self._shape.has_tokens else None,
-      _by_head(problem.key_bias_BSK),
+      self._biases(problem),
     )
 
   def forward(self, q_BVXD, lists: mosaic_gpu_walk.Lists) -> tuple[jax.Array, jax.Array]:
@@ -148,9 +151,8 @@ class Call:
       q_BVXD,
       dout_BVXD,
       numbers_RUC,
-      problem.k_BSKD,
-      problem.v_BSKD,
-      _by_head(problem.key_bias_BSK),
+      *self._keys(problem),
+      self._biases(problem),
       tiles,
       config=self._key_config,
       **self._options,
@@ -165,22 +167,31 @@ class Call:
         shape=self._shape,
         keys_per_tile=self._key_config.keys_per_tile,
         interpret=self._options["interpret"],
-      )
+      )[:, : self._num_keys]
       for x in (sums.dk_YND, sums.dv_YND)
     )
     if sums.dbias_YN is None:
       return dk_BSKD, dv_BSKD, None
     dbias_BSK = mosaic_gpu_parts.add_bias_parts(sums.dbias_YN, tiles, shape=self._shape)
-    return dk_BSKD, dv_BSKD, dbias_BSK
+    return dk_BSKD, dv_BSKD, dbias_BSK[:, : self._num_keys]
+
+  def _keys(self, problem: problems.Problem) -> tuple[jax.Array, jax.Array]:
+    return self._whole_copies(problem.k_BSKD), self._whole_copies(problem.v_BSKD)
+
+  def _biases(self, problem: problems.Problem) -> jax.Array | None:
+    if problem.key_bias_BSK is None:
+      return None
+    bias_BSK = problem.key_bias_BSK.astype(jnp.float32)
+    return self._whole_copies(bias_BSK).transpose(0, 2, 1)
+
+  def _whole_copies(self, x_BSX):
+    missing = self._shape.num_keys - self._num_keys
+    return jnp.pad(x_BSX, [(0, 0), (0, missing)] + [(0, 0)] * (x_BSX.ndim - 2))
 
   def _whole_tiles(self, x_RL):
     """Numbers of lines, padded to whole tiles of units."""
     lines = self._query_config.units_per_tile * UNIT
     return jnp.pad(x_RL, [(0, 0), (0, -x_RL.shape[1] % lines)])
-
-
-def _by_head(bias_BSK):
-  return None if bias_BSK is None else bias_BSK.astype(jnp.float32).transpose(0, 2, 1)
 
 
 def _split_blocks(blocks_BTKM, parts: int):

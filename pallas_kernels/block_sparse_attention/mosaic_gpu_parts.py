@@ -28,15 +28,20 @@ def add_parts(
   num_tiles = len(tiles.first_worker_X)
   tiles_per_row = num_tiles // shape.num_rows
 
-  def body(sums_gmem, first_gmem, last_gmem, out_gmem, out_smem):
+  def body(sums_gmem, first_gmem, last_gmem, bounds_gmem, out_gmem, out_smem):
     tile, part = lax.axis_index("tile"), lax.axis_index("part")
     lines = pl.ds(part * 64, 64)
 
-    def add(worker, total):
-      addend = sums_gmem.at[tile + worker, lines, :]
+    def load(worker):
+      part = sums_gmem.at[tile + worker, lines, :]
       if shape.interpreted:
-        return total + addend[...]
-      return total + plgpu.load(addend, layout=mosaic_inline.LAYOUT, optimized=False)
+        return part[...]
+      return plgpu.load(part, layout=mosaic_inline.LAYOUT, optimized=False)
+
+    def add(worker, total):
+      # A worker without windows wrote nothing: what is in its slot may be anything.
+      has_windows = bounds_gmem[worker + 1] > bounds_gmem[worker]
+      return lax.cond(has_windows, lambda: total + load(worker), lambda: total)
 
     zero = jnp.zeros((64, d), jnp.float32)
     if not shape.interpreted:
@@ -59,7 +64,7 @@ def add_parts(
     grid_names=("tile", "part"),
     scratch_types=[walk.tiled((64, d))],
     interpret=interpret,
-  )(sums_YND, tiles.first_worker_X, tiles.last_worker_X)
+  )(sums_YND, tiles.first_worker_X, tiles.last_worker_X, tiles.bounds_W)
 
 
 def add_bias_parts(sums_YN, tiles: key_tiles.KeyTiles, *, shape: Shape) -> jax.Array:
@@ -69,6 +74,8 @@ def add_bias_parts(sums_YN, tiles: key_tiles.KeyTiles, *, shape: Shape) -> jax.A
   worker_XY = y_Y[None, :] - x_X[:, None]
   is_part_XY = worker_XY >= tiles.first_worker_X[:, None]
   is_part_XY &= worker_XY <= tiles.last_worker_X[:, None]
+  has_windows_W = jnp.diff(tiles.bounds_W) > 0
+  is_part_XY &= jnp.take(has_windows_W, worker_XY, mode="clip")
   # What no worker wrote may hold anything.
   sums_YN = jnp.where(is_part_XY.any(0)[:, None], sums_YN, 0.0)
   total_XN = jnp.dot(is_part_XY.astype(jnp.float32), sums_YN, precision="highest")

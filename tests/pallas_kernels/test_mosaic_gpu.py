@@ -70,10 +70,12 @@ def with_a_border_inside_a_block(problem):
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_interpreted_it_matches_the_reference_without_races(name, small):
+def test_interpreted_it_matches_the_reference_without_races(name, small, monkeypatch):
   case, extras = INTERPRETED[name]
   problem = problems.make(*case, **extras)
   if name == "several_tiles":
+    # More than there is work for: those without any must not be counted in.
+    monkeypatch.setattr(mosaic_gpu_call, "INTERPRETED_WORKERS", 5)
     problem = with_a_border_inside_a_block(problem)
   interpret = plgpu.InterpretGPUParams(detect_races=True)
   actual = problems.run(
@@ -98,7 +100,7 @@ PROMISED = [
   ids=lambda x: "_".join(x) if isinstance(x, dict) else str(x),
 )
 def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras):
-  b, t, k, s = 2, 200, 2, 264
+  b, t, k, s = 2, 203, 2, 267
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   q, kv = shape((b, t, heads * k, d)), shape((b, s, k, d))
   bias = jax.ShapeDtypeStruct((b, s, k), jnp.float32) if "bias" in extras else None
