@@ -84,15 +84,25 @@ class Row:
 
 
 def measure(function: Callable, *args, repeats: int = 10, tries: int = 7) -> float:
-  """Milliseconds of a jitted function: the median of several runs of many calls each."""
-  for _ in range(2):
-    jax.block_until_ready(function(*args))
+  """Milliseconds of the GPU for a function: the median of several runs of many calls each.
+
+  The calls of a run are in one program, so that no time passes between its kernels which a
+  whole model would not spend too.
+  """
+
+  @jax.jit
+  def run(*args):
+    def again(_, result):
+      # Each call seems to depend on the one before it.
+      return function(*jax.lax.optimization_barrier((args, result))[0])
+
+    return jax.lax.fori_loop(1, repeats, again, function(*args))
+
+  jax.block_until_ready(run(*args))
   times = []
   for _ in range(tries):
     started = time.perf_counter()
-    for _ in range(repeats):
-      result = function(*args)
-    jax.block_until_ready(result)
+    jax.block_until_ready(run(*args))
     times.append((time.perf_counter() - started) / repeats)
   return sorted(times)[tries // 2] * 1e3
 
@@ -156,8 +166,8 @@ def dense_times(q, k, v, dout) -> tuple[float, float]:
   def attend(q, k, v):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
-  forward = measure(jax.jit(attend), q, k, v)
-  both = measure(jax.jit(lambda q, k, v, d: jax.vjp(attend, q, k, v)[1](d)), q, k, v, dout)
+  forward = measure(attend, q, k, v)
+  both = measure(lambda q, k, v, d: jax.vjp(attend, q, k, v)[1](d), q, k, v, dout)
   return forward, both - forward
 
 
@@ -165,8 +175,7 @@ def make_passes(problem: Problem, dout, block_size: int, scale: float):
   """Every step of the op by name: a function and arguments that it computes from."""
   call = mosaic_gpu_call.Call(problem, block_size, scale)
   bounds = jax.jit(call.bounds)(problem)
-  unit_lists = jax.jit(call.make_unit_lists)(problem.blocks_BTKM, bounds)
-  tiles = jax.jit(call.make_query_tiles)(unit_lists)
+  unit_lists, tiles = jax.jit(call.make_lists)(problem.blocks_BTKM, bounds)
   walk_lists = jax.jit(call.make_walk_lists)(problem, tiles, bounds)
   q, dout = call.packing.pack(problem.q_BTHD), call.packing.pack(dout)
   out, lse = jax.jit(call.forward)(q, walk_lists)
@@ -178,8 +187,7 @@ def make_passes(problem: Problem, dout, block_size: int, scale: float):
   numbers = call.line_numbers(*lines, bounds)
   sums = jax.jit(call.dkv)(q, dout, numbers, problem, key_tiles)
   return {
-    "lists of units": (call.make_unit_lists, (problem.blocks_BTKM, bounds)),
-    "lists of query tiles": (call.make_query_tiles, (unit_lists,)),
+    "lists of query tiles": (call.make_lists, (problem.blocks_BTKM, bounds)),
     "lists of key tiles": (call.make_key_tiles, (unit_lists,)),
     "forward": (call.forward, (q, walk_lists)),
     "dq": (call.dq, (q, dout, *lines, walk_lists)),
@@ -221,7 +229,7 @@ def run(name: str, shape: Shape, kind: str) -> list[Row]:
     "dk dv": (4, (q, k, v, dout, k, v), dense_backward),
   }
   for what, (function, args) in passes.items():
-    ms = measure(jax.jit(function), *args)
+    ms = measure(function, *args)
     if what in work:
       products, arrays, dense = work[what]
       rows.append(rated(what, ms, products, arrays, ms / dense))
@@ -239,8 +247,8 @@ def run(name: str, shape: Shape, kind: str) -> list[Row]:
     if label and shape.length > 8192:
       continue  # minutes, and gigabytes
     op = implementation.block_sparse_attention
-    forward = measure(jax.jit(functools.partial(attend, op)), q, k, v, blocks)
-    both = measure(jax.jit(functools.partial(gradient, op)), q, k, v, blocks, dout)
+    forward = measure(functools.partial(attend, op), q, k, v, blocks)
+    both = measure(functools.partial(gradient, op), q, k, v, blocks, dout)
     ratio = forward / dense_forward
     rows.append(rated(f"op{label}, forward", forward, 2, (q, k, v, q), ratio))
     total = dense_forward + dense_backward
@@ -259,7 +267,7 @@ def _around(row, shape: Shape, inputs, blocks, dense) -> list[Row]:
   rows = []
   passes = benchmark_layer.selection_passes(call, bounds, num_blocks=shape.num_blocks, **sizes)
   for what, function in passes.items():
-    ms = measure(jax.jit(function), q, k)
+    ms = measure(function, q, k)
     rows.append(row(what, ms, ratio=ms / dense[0]))
 
   def attend(q, k, v, blocks):
@@ -274,7 +282,7 @@ def _around(row, shape: Shape, inputs, blocks, dense) -> list[Row]:
     ("sparse layer, forward and backward", layer, (q, k, v, dout)),
     ("dual path, forward and backward", dual, (q, k, v, blocks, dout, dout)),
   ):
-    ms = measure(jax.jit(function), *args)
+    ms = measure(function, *args)
     rows.append(row(what, ms, ratio=ms / sum(dense)))
   return rows
 

@@ -35,7 +35,7 @@ def selection_passes(call, bounds, *, block_size: int, num_blocks: int):
   )
 
   def with_lists(q_BTHD, k_BTKD):
-    return call.make_query_tiles(call.make_unit_lists(select(q_BTHD, k_BTKD), bounds))
+    return call.make_lists(select(q_BTHD, k_BTKD), bounds)[1]
 
   return {"selection": select, "selection and lists of query tiles": with_lists}
 

@@ -91,12 +91,12 @@ def choose(values_ref, range_ref, kept_ref, count_ref, row, segment, scores: Sco
       blocks.append(thread.load_shared(place))
     for i in range(-(-scores.most_blocks // LANES)):
       block = thread.add(thread.add(first_block, lane), thread.i32(LANES * i))
-      is_in = _is_between(block, low, high)
+      is_in = thread.is_between(block, low, high)
       window = thread.add(thread.multiply(block, scores.per_block), thread.i32(scores.first))
       best = thread.i32(0)
       for j in range(scores.count):
         there = thread.add(window, thread.i32(j))
-        is_there = arith.andi(is_in, _is_between(there, begin, end))
+        is_there = arith.andi(is_in, thread.is_between(there, begin, end))
         number = thread.add(arith.subi(there, first_window), thread.i32(scores.halo))
         number = arith.select(is_there, number, thread.i32(0))
         place = thread.add(values_place, thread.multiply(number, 4))
@@ -118,12 +118,6 @@ def choose(values_ref, range_ref, kept_ref, count_ref, row, segment, scores: Sco
     mgpu_utils.warp_barrier()
 
   run(values_ref, range_ref, kept_ref, count_ref, *(jnp.int32(x) for x in (row, *segment)))
-
-
-def _is_between(x, low, high):
-  return arith.andi(
-    arith.cmpi(arith.CmpIPredicate.sge, x, low), arith.cmpi(arith.CmpIPredicate.slt, x, high)
-  )
 
 
 def _threshold(keys, wanted):
@@ -172,16 +166,16 @@ def _write(keys, blocks, threshold, wanted, lane, kept_place, bits_offset):
 
   def rank(is_member, before):
     """Members in lower lanes and before, and all of them up to here."""
-    votes = _ballot(is_member)
-    own = thread.add(before, _popcount(arith.andi(votes, lower_lanes)))
-    return own, thread.add(before, _popcount(votes))
+    votes = thread.ballot(is_member)
+    own = thread.add(before, thread.popcount(arith.andi(votes, lower_lanes)))
+    return own, thread.add(before, thread.popcount(votes))
 
   # A threshold of 0 means that everything there is, is chosen.
   threshold = arith.maxui(threshold, thread.i32(1))
   num_above = thread.i32(0)
   for key in keys:
-    votes = _ballot(arith.cmpi(arith.CmpIPredicate.ugt, key, threshold))
-    num_above = thread.add(num_above, _popcount(votes))
+    votes = thread.ballot(arith.cmpi(arith.CmpIPredicate.ugt, key, threshold))
+    num_above = thread.add(num_above, thread.popcount(votes))
   num_equal = arith.subi(wanted, num_above)
   equal, chosen = thread.i32(0), thread.i32(0)
   # What was kept lies where the first of the chosen go: all of it has been read by now.
@@ -201,16 +195,8 @@ def _write(keys, blocks, threshold, wanted, lane, kept_place, bits_offset):
   return chosen
 
 
-def _ballot(predicate):
-  return thread.convergent("vote.sync.ballot.b32 $0, $1, 0xffffffff;", predicate)
-
-
 def _reduce(how: str, x):
   return thread.convergent(f"redux.sync.{how} $0, $1, 0xffffffff;", x)
-
-
-def _popcount(x):
-  return mgpu_utils.inline_ptx("popc.b32 $0, $1;", x, result_types=thread.int32())
 
 
 def choose_interpreted(values_ref, range_ref, kept_ref, count_ref, row, segment, scores):

@@ -26,6 +26,8 @@ EDGE = 1 << EDGE_BIT
 # Costs in units of one product of a warp: a window with nothing to do, a change of tiles.
 _WINDOW_COST = 1.0
 _TILE_COST = 4.0
+# Costs are counted over one of so many units.
+_SAMPLE = 8
 
 
 class KeyTiles(NamedTuple):
@@ -85,38 +87,36 @@ def key_tiles(
       f"{num_tiles} tiles of {keys_per_tile} keys times {u} units are too many to number "
       "with 32 bits; use a smaller batch or larger blocks"
     )
-  pairs = _pairs(lists, block_size, keys_per_tile, per_row)
-  order_P = jnp.argsort(pairs.number_P)
-  number_P = pairs.number_P[order_P]
-  tile_P, unit_P = number_P // u, number_P % u
-
-  # Elements of each tile, and its windows.
-  edges_X = jnp.searchsorted(number_P, jnp.arange(num_tiles + 1, dtype=jnp.int32) * u)
-  count_X = jnp.diff(edges_X).astype(jnp.int32)
-  windows_X = -(-count_X // WINDOW)
+  # Every tile that a unit reads, as `tile * U + unit`, in order; then numbers beyond all.
+  number_P = jnp.sort(_pairs(lists.blocks_RUE, keys_per_tile // block_size, per_row))
+  edges_X = jnp.searchsorted(
+    number_P, jnp.arange(num_tiles + 1, dtype=jnp.uint32) * u, method="scan_unrolled"
+  ).astype(jnp.int32)
+  windows_X = -(-jnp.diff(edges_X) // WINDOW)
   first_window_X = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(windows_X)])
+
   # The worst case: no two blocks of a unit share a tile, and no tile fills its last window.
   most = -(-r * u * min(e, per_row) // WINDOW) + num_tiles
+  window_W = jnp.arange(most, dtype=jnp.int32)
+  tile_W = _place(first_window_X, window_W, num_tiles)
+  # Pair i of a tile with w windows goes to window i % w.
+  pair_WI = edges_X[tile_W, None] + (window_W - first_window_X[tile_W])[:, None]
+  pair_WI += windows_X[tile_W, None] * jnp.arange(WINDOW, dtype=jnp.int32)[None]
+  is_pair_WI = (window_W < first_window_X[-1])[:, None] & (pair_WI < edges_X[tile_W + 1, None])
+  number_WI = number_P.at[pair_WI].get(mode="clip")
+  unit_WI = jnp.where(is_pair_WI, (number_WI % u).astype(jnp.int32), 0)
 
-  # Element i of a tile with w windows goes to window i % w.
-  is_pair_P = tile_P < num_tiles
-  tile_P = jnp.minimum(tile_P, num_tiles - 1)
-  i_P = jnp.arange(len(tile_P), dtype=jnp.int32) - edges_X[tile_P].astype(jnp.int32)
-  w_P = jnp.maximum(windows_X[tile_P], 1)
-  place_P = (first_window_X[tile_P] + i_P % w_P) * WINDOW + i_P // w_P
-  place_P = jnp.where(is_pair_P, place_P, most * WINDOW)
-
-  def deal(values_P):
-    empty = jnp.zeros((most * WINDOW, *values_P.shape[1:]), jnp.int32)
-    return empty.at[place_P].set(values_P, mode="drop", unique_indices=True)
-
+  pieces_WI, tokens_WIP = _read_by(
+    lists, tile_W, unit_WI, block_size, keys_per_tile, per_row, has_tokens
+  )
+  pieces_WI = jnp.where(is_pair_WI, pieces_WI, 0)
   cost_X = _cost(lists, windows_X, block_size, keys_per_tile, per_row)
   bounds_W = _bounds(cost_X, windows_X, first_window_X, num_workers)
   starts_X = first_window_X[:-1]
   return KeyTiles(
-    units_W=deal(unit_P),
-    pieces_W=deal(pairs.pieces_P[order_P]),
-    tokens_WP=deal(pairs.tokens_PP[order_P]) if has_tokens else None,
+    units_W=unit_WI.reshape(-1),
+    pieces_W=pieces_WI.reshape(-1),
+    tokens_WP=tokens_WIP.reshape(most * WINDOW, -1) if has_tokens else None,
     first_window_X=first_window_X,
     bounds_W=bounds_W,
     first_tile_W=_place(first_window_X, bounds_W[:-1], num_tiles),
@@ -128,60 +128,51 @@ def key_tiles(
   )
 
 
-class _Pairs(NamedTuple):
-  """Every tile that a unit reads, one by one, in no order; P pairs.
-
-  `number_P` is `tile * U + unit`, or the largest number where there is no pair.
-  """
-
-  number_P: jax.Array
-  pieces_P: jax.Array
-  tokens_PP: jax.Array
-
-
-def _pairs(lists, block_size, keys_per_tile, per_row) -> _Pairs:
-  blocks_RUE, tokens_RUE, first_BU, last_BU = lists
-  r, u, e = blocks_RUE.shape
-  begins_RUE = blocks_RUE * block_size
+def _pairs(blocks_RUE, blocks_per_tile: int, per_row: int) -> jax.Array:
+  """The number of every tile that a unit reads, once; the largest number in other places."""
+  r, u, _ = blocks_RUE.shape
   is_block_RUE = blocks_RUE < units.NONE
-  tile_RUE = jnp.where(is_block_RUE, begins_RUE // keys_per_tile, per_row)
+  tile_RUE = jnp.where(is_block_RUE, blocks_RUE // blocks_per_tile, per_row)
   # Lists ascend, so the blocks of one tile follow each other; the first speaks for all.
   is_first_RUE = jnp.diff(tile_RUE, axis=-1, prepend=-1) != 0
-  is_same_RUEE = tile_RUE[..., :, None] == tile_RUE[..., None, :]
-
-  piece_RUE = (begins_RUE % keys_per_tile) // PIECE
-  bits_RUE = jnp.left_shift((1 << block_size // PIECE) - 1, piece_RUE)
-  pieces_RUE = jnp.where(is_same_RUEE, bits_RUE[:, :, None], 0).sum(-1)
-  row_heads = r // first_BU.shape[0]
-  first_RU1, last_RU1 = (
-    jnp.repeat(x, row_heads, axis=0)[..., None] for x in (first_BU, last_BU)
-  )
-  begin_RUE = tile_RUE * keys_per_tile
-  is_edge_RUE = (first_RU1 > begin_RUE) | (last_RU1 < begin_RUE + keys_per_tile - 1)
-  pieces_RUE |= jnp.where(is_edge_RUE, EDGE, 0)
-
-  number_P = jnp.arange(keys_per_tile // PIECE)
-  has_piece_RUEP = jnp.right_shift(bits_RUE[..., None], number_P[None, None, None]) & 1
-  tokens_RUEP = jnp.where(
-    is_same_RUEE[..., None] & (has_piece_RUEP == 1)[:, :, None],
-    tokens_RUE[:, :, None, :, None],
-    0,
-  ).sum(-2)
-
   row_R = jnp.arange(r, dtype=jnp.int32)[:, None, None]
   unit_U = jnp.arange(u, dtype=jnp.int32)[None, :, None]
-  number_RUE = (row_R * per_row + tile_RUE) * u + unit_U
-  number_RUE = jnp.where(is_first_RUE & is_block_RUE, number_RUE, 2**31 - 1)
-  return _Pairs(
-    number_RUE.reshape(-1).astype(jnp.int32),
-    pieces_RUE.reshape(-1).astype(jnp.int32),
-    tokens_RUEP.reshape(r * u * e, -1).astype(jnp.int32),
-  )
+  number_RUE = ((row_R * per_row + tile_RUE) * u + unit_U).astype(jnp.uint32)
+  no_pair = jnp.uint32(2**32 - 1)
+  return jnp.where(is_first_RUE & is_block_RUE, number_RUE, no_pair).reshape(-1)
+
+
+def _read_by(lists, tile_W, unit_WI, block_size, keys_per_tile, per_row, has_tokens):
+  """Pieces of its tile that each unit reads, and which of its tokens do (or None)."""
+  blocks_RUE, tokens_RUE, first_BU, last_BU = lists
+  row_W, x_W = tile_W // per_row, tile_W % per_row
+  begin_W1 = (x_W * keys_per_tile)[:, None]
+  b_W1 = (row_W // (blocks_RUE.shape[0] // first_BU.shape[0]))[:, None]
+  is_edge_WI = first_BU[b_W1, unit_WI] > begin_W1
+  is_edge_WI |= last_BU[b_W1, unit_WI] < begin_W1 + keys_per_tile - 1
+
+  per_tile = keys_per_tile // block_size
+  block_WIE = blocks_RUE[row_W[:, None], unit_WI] - (x_W * per_tile)[:, None, None]
+  is_here_WIE = (block_WIE >= 0) & (block_WIE < per_tile)
+  per_block = block_size // PIECE
+  piece_WIE = jnp.where(is_here_WIE, block_WIE * per_block, 0)
+  bits_WIE = jnp.where(is_here_WIE, jnp.left_shift((1 << per_block) - 1, piece_WIE), 0)
+  # Blocks of a unit are all different, so that adding bits joins them.
+  pieces_WI = bits_WIE.sum(-1) | jnp.where(is_edge_WI, EDGE, 0)
+  if not has_tokens:
+    return pieces_WI, None
+  tokens_WIE = tokens_RUE[row_W[:, None], unit_WI]
+  piece_P = jnp.arange(keys_per_tile // PIECE)
+  has_piece_WIEP = jnp.right_shift(bits_WIE[..., None], piece_P[None, None, None]) & 1
+  return pieces_WI, (has_piece_WIEP * tokens_WIE[..., None]).sum(-2)
 
 
 def _cost(lists, windows_X, block_size, keys_per_tile, per_row):
-  """What a window of each tile costs: the most products that any of its warps has."""
-  blocks_RUE = lists.blocks_RUE
+  """What a window of each tile costs: the most products that any of its warps has.
+
+  Counted over every `_SAMPLE`-th unit: costs share out the work, and need not be exact.
+  """
+  blocks_RUE = lists.blocks_RUE[:, ::_SAMPLE]
   r = blocks_RUE.shape[0]
   per_tile = keys_per_tile // block_size
   row_R = jnp.arange(r, dtype=jnp.int32)[:, None, None]
@@ -189,7 +180,7 @@ def _cost(lists, windows_X, block_size, keys_per_tile, per_row):
     blocks_RUE < units.NONE, row_R * per_row * per_tile + blocks_RUE, r * per_row * per_tile
   )
   reads = jnp.zeros(r * per_row * per_tile, jnp.int32).at[index_RUE].add(1, mode="drop")
-  most_X = reads.reshape(r * per_row, per_tile).max(-1)
+  most_X = _SAMPLE * reads.reshape(r * per_row, per_tile).max(-1)
   return jnp.maximum(most_X / jnp.maximum(windows_X, 1), _WINDOW_COST)
 
 
@@ -209,5 +200,5 @@ def _bounds(cost_X, windows_X, first_window_X, num_workers: int):
 
 def _place(edges, values, num_places: int):
   """The last of the intervals that begin at `edges` in which each value lies."""
-  found = jnp.searchsorted(edges, values, side="right") - 1
+  found = jnp.searchsorted(edges, values, side="right", method="scan_unrolled") - 1
   return jnp.clip(found, 0, num_places - 1).astype(jnp.int32)

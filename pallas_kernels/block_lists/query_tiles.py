@@ -35,16 +35,33 @@ class QueryTiles(NamedTuple):
   tokens_RUE: jax.Array
 
 
+def check_num_blocks(num_blocks: int) -> None:
+  """Raises ValueError for more blocks than an entry can number."""
+  if num_blocks >= 2 ** (31 - PLACE_BITS):
+    raise ValueError(
+      f"{num_blocks} key blocks are more than {2 ** (31 - PLACE_BITS) - 1}; use larger blocks"
+    )
+
+
+def length(num_blocks: int, num_slots: int) -> int:
+  """Room for the union of so many slots."""
+  # The worst case: every block there is, or no two slots hold the same.
+  return -(-min(num_blocks, num_slots) // CHUNK) * CHUNK
+
+
+def width(num_slots: int) -> int:
+  """Room for the entries of a unit with so many slots."""
+  # Rows of a multiple of 32 bytes, with room for a group after the last entry.
+  return -(-(num_slots + GROUP) // 8) * 8
+
+
 def query_tiles(lists: units.UnitLists, *, units_per_tile: int, num_blocks: int) -> QueryTiles:
   """Joins the lists of every tile.
 
   Raises:
     ValueError: more blocks than an entry can number.
   """
-  if num_blocks >= 2 ** (31 - PLACE_BITS):
-    raise ValueError(
-      f"{num_blocks} key blocks are more than {2 ** (31 - PLACE_BITS) - 1}; use larger blocks"
-    )
+  check_num_blocks(num_blocks)
   r, u, e = lists.blocks_RUE.shape
   num_tiles = -(-u // units_per_tile)
   rows = [(0, 0), (0, num_tiles * units_per_tile - u), (0, 0)]
@@ -52,20 +69,17 @@ def query_tiles(lists: units.UnitLists, *, units_per_tile: int, num_blocks: int)
   tokens_RUE = jnp.pad(lists.tokens_RUE, rows)
 
   listed_RXL = blocks_RUE.reshape(r, num_tiles, units_per_tile * e)
-  # The worst case: every block there is, or no two units agree on any.
-  length = min(num_blocks, units_per_tile * e)
-  union_RXC = units.sorted_without_repeats(listed_RXL)[..., :length]
-  union_RXC = jnp.pad(
-    union_RXC, [(0, 0), (0, 0), (0, -length % CHUNK)], constant_values=units.NONE
-  )
+  size = length(num_blocks, units_per_tile * e)
+  union_RXC = units.sorted_without_repeats(listed_RXL)[..., :size]
+  missing = [(0, 0), (0, 0), (0, size - union_RXC.shape[-1])]
+  union_RXC = jnp.pad(union_RXC, missing, constant_values=units.NONE)
   count_RX = (union_RXC < units.NONE).sum(-1).astype(jnp.int32)
 
   place_RXL = (union_RXC[:, :, None] < listed_RXL[..., None]).sum(-1).astype(jnp.int32)
   place_RUE = place_RXL.reshape(blocks_RUE.shape)
   entries_RUE = jnp.left_shift(blocks_RUE, PLACE_BITS) | place_RUE
   entries_RUE = jnp.where(blocks_RUE < units.NONE, entries_RUE, END)
-  # Rows of a multiple of 32 bytes, with room for a group after the last entry.
-  slots = [(0, 0), (0, 0), (0, -(e + GROUP) % 8 + GROUP)]
+  slots = [(0, 0), (0, 0), (0, width(e) - e)]
 
   last_RX1 = jnp.maximum(count_RX - 1, 0)[..., None]
   last_RX1 = jnp.take_along_axis(union_RXC, last_RX1, axis=-1)

@@ -78,14 +78,10 @@ def unit_lists(
   is_seen_BTKM &= begins_BTKM + block_size > first_BT[:, :, None, None]
   blocks_BTKM = jnp.where(is_seen_BTKM, blocks_BTKM, NONE).astype(jnp.int32)
 
-  per_unit, per_token = grouping.tokens_per_unit, grouping.units_per_token
+  per_unit = grouping.tokens_per_unit
   num_groups = -(-t // per_unit)
   pad = num_groups * per_unit - t
   blocks_BTKM = jnp.pad(blocks_BTKM, [(0, 0), (0, pad), (0, 0), (0, 0)], constant_values=NONE)
-  # The tokens that pad the last unit see what the last token sees; they list nothing.
-  first_BT = jnp.pad(first_BT, [(0, 0), (0, pad)], mode="edge")
-  position_T = jnp.pad(position_T, (0, pad), mode="edge")
-
   lists_RUIM = blocks_BTKM.reshape(b, num_groups, per_unit, k, m).transpose(0, 3, 1, 2, 4)
   lists_RUIM = lists_RUIM.reshape(b * k, num_groups, per_unit, m)
   blocks_RUE = sorted_without_repeats(lists_RUIM.reshape(b * k, num_groups, per_unit * m))
@@ -97,11 +93,27 @@ def unit_lists(
     tokens_RUE = jnp.where(is_listed_RUEI, bit_I[None, None, None], 0).sum(-1)
     tokens_RUE = jnp.where(blocks_RUE < NONE, tokens_RUE, 0).astype(jnp.int32)
 
-  first_BU = first_BT.reshape(b, num_groups, per_unit).max(-1)
-  last_U = position_T.reshape(num_groups, per_unit).min(-1)
+  first_BU, last_BU = seen_by_all(first_BT, position_T, grouping)
+  blocks_RUE, tokens_RUE = (
+    jnp.repeat(x, grouping.units_per_token, axis=1) for x in (blocks_RUE, tokens_RUE)
+  )
+  return UnitLists(blocks_RUE, tokens_RUE, first_BU, last_BU)
+
+
+def seen_by_all(first_BT, position_T, grouping: Grouping) -> tuple[jax.Array, jax.Array]:
+  """`first_BU` and `last_BU` of `UnitLists`."""
+  per_unit = grouping.tokens_per_unit
+  pad = -len(position_T) % per_unit
+  # The tokens that pad the last unit see what the last token sees; they list nothing.
+  first_BT = jnp.pad(first_BT, [(0, 0), (0, pad)], mode="edge")
+  position_T = jnp.pad(position_T, (0, pad), mode="edge")
+  first_BU = first_BT.reshape(len(first_BT), -1, per_unit).max(-1)
+  last_U = position_T.reshape(-1, per_unit).min(-1)
   last_BU = jnp.broadcast_to(last_U[None], first_BU.shape)
-  lists = UnitLists(blocks_RUE, tokens_RUE, first_BU, last_BU)
-  return jax.tree.map(lambda x: jnp.repeat(x, per_token, axis=1), lists)
+  first_BU, last_BU = (
+    jnp.repeat(x, grouping.units_per_token, axis=1) for x in (first_BU, last_BU)
+  )
+  return first_BU, last_BU
 
 
 def sorted_without_repeats(x):

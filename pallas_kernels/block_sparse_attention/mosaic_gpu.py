@@ -47,8 +47,7 @@ def _forward(problem, known_offset, block_size, scale, interpret):
   del known_offset  # positions are data to the kernels
   call = Call(problem, block_size, scale, interpret)
   bounds = call.bounds(problem)
-  unit_lists = call.make_unit_lists(problem.blocks_BTKM, bounds)
-  tiles = call.make_query_tiles(unit_lists)
+  unit_lists, tiles = call.make_lists(problem.blocks_BTKM, bounds)
   lists = call.make_walk_lists(problem, tiles, bounds)
   out_BVXD, lse_RL = call.forward(call.packing.pack(problem.q_BTHD), lists)
   out_BTHD, lse_BTH = call.packing.unpack(out_BVXD), call.packing.from_lines(lse_RL)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices, documents
 from pallas_kernels.block_lists import key_tiles, query_tiles, units
+from pallas_kernels.block_lists import mosaic_gpu as lists_on_gpu
 from pallas_kernels.block_sparse_attention import (
   mosaic_gpu_dkv,
   mosaic_gpu_dq,
@@ -76,22 +77,22 @@ class Call:
       return jnp.zeros((b, t), jnp.int32), position_BT
     return documents.first_positions(problem.segments_BS)[:, position_T], position_BT
 
-  def make_unit_lists(self, blocks_BTKM, bounds) -> units.UnitLists:
+  def make_lists(self, blocks_BTKM, bounds) -> tuple[units.UnitLists, query_tiles.QueryTiles]:
+    """The lists of units, and what the kernels over query tiles read."""
     first_BT, position_BT = bounds
-    return units.unit_lists(
-      _split_blocks(blocks_BTKM, self._parts_of_block),
-      first_BT,
-      position_BT[0],
+    units_per_tile = self._query_config.units_per_tile
+    arrays = _split_blocks(blocks_BTKM, self._parts_of_block), first_BT, position_BT[0]
+    sizes = dict(
       grouping=self.packing.grouping,
       block_size=self._shape.block_size,
       num_blocks=self._num_blocks,
     )
-
-  def make_query_tiles(self, lists: units.UnitLists) -> query_tiles.QueryTiles:
-    return query_tiles.query_tiles(
-      lists,
-      units_per_tile=self._query_config.units_per_tile,
-      num_blocks=self._num_blocks,
+    # The kernel takes units of single tokens, and has nothing that the interpreter knows.
+    if not self._shape.has_tokens and not self._shape.interpreted:
+      return lists_on_gpu.lists(*arrays, units_per_tile=units_per_tile, **sizes)
+    unit_lists = units.unit_lists(*arrays, **sizes)
+    return unit_lists, query_tiles.query_tiles(
+      unit_lists, units_per_tile=units_per_tile, num_blocks=self._num_blocks
     )
 
   def make_key_tiles(self, lists: units.UnitLists) -> key_tiles.KeyTiles:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_lists import key_tiles, query_tiles, units
+from pallas_kernels.block_lists import key_tiles, mosaic_gpu, query_tiles, units
 
 CASES = {  # T, heads per key head, S, block size, blocks listed
   "one_token_per_unit": (40, 16, 40, 16, 3),
@@ -230,3 +230,45 @@ def test_a_worst_case_too_large_to_number_is_refused():
     jax.eval_shape(
       lambda x: query_tiles.query_tiles(x, units_per_tile=16, num_blocks=2**16), lists
     )
+
+
+ON_GPU = {  # T, heads per key head, S, block size, blocks listed
+  "one_token_per_unit": (1000, 16, 1000, 16, 16),
+  "two_units_per_token": (333, 32, 500, 32, 5),
+  "long_lists": (700, 16, 2000, 16, 70),
+  "many_blocks": (2050, 16, 60000, 16, 3),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu_its_kernel_makes_the_same_lists(name):
+  t, heads, s, block_size, m = ON_GPU[name]
+  rng = np.random.default_rng(0)
+  n = -(-s // block_size)
+  # Neighbours agree on much, and some lists are empty.
+  blocks = rng.integers(-3, n + 3, size=(B, t // 50 + 1, K, m)).repeat(50, axis=1)[:, :t]
+  blocks = np.where(rng.random(blocks.shape) < 0.2, rng.integers(0, n, blocks.shape), blocks)
+  blocks[:, 200:220] = -1
+  position = jnp.asarray(s - t + np.arange(t))
+  first = jnp.asarray(rng.integers(0, s - t + 1, size=(B, t)))
+  sizes = dict(grouping=units.group(t, heads), block_size=block_size, num_blocks=n)
+  arrays = jnp.asarray(blocks), first, position
+
+  @jax.jit
+  def define(*arrays):
+    lists = units.unit_lists(*arrays, **sizes)
+    return lists, query_tiles.query_tiles(lists, units_per_tile=12, num_blocks=n)
+
+  lists, tiles = define(*arrays)
+  run = jax.jit(functools.partial(mosaic_gpu.lists, units_per_tile=12, **sizes))
+  actual_lists, actual_tiles = run(*arrays)
+  jax.tree.map(np.testing.assert_array_equal, actual_lists, lists)
+  for field in ("count_RX", "entries_RUE", "tokens_RUE"):
+    np.testing.assert_array_equal(getattr(actual_tiles, field), getattr(tiles, field), field)
+  # Of a union, as much as is ever read.
+  groups = -(-tiles.count_RX // query_tiles.GROUP) * query_tiles.GROUP
+  is_read = np.arange(tiles.union_RXC.shape[-1]) < np.asarray(groups)[..., None]
+  np.testing.assert_array_equal(
+    np.where(is_read, actual_tiles.union_RXC, 0), np.where(is_read, tiles.union_RXC, 0)
+  )
