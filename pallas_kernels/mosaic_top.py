@@ -1,9 +1,11 @@
 """The best blocks of a query, found by one warp; an inline operation of Mosaic GPU.
 
-A lane holds every 32nd block. The warp searches for the largest threshold that as many
-scores reach as are wanted, bit by bit; what lies above it is taken, and of what equals it
-the lowest blocks. So the choice is exact, and equal scores are decided for the lower block.
-Chosen blocks come out in ascending order.
+A lane holds every 32nd block. Where up to 32 are wanted, all but about so many are ruled
+out at once, and each lane finds the rank of one that is left. Otherwise, and where too many
+are left, the warp searches for the largest threshold that as many scores reach as are
+wanted, bit by bit; what lies above it is taken, and of what equals it the lowest blocks.
+Either way the choice is exact, and equal scores are decided for the lower block. Chosen
+blocks come out in ascending order.
 """
 
 import dataclasses
@@ -19,6 +21,8 @@ from jaxlib.mlir.dialects import arith, scf
 from pallas_kernels import mosaic_thread as thread
 
 LANES = 32
+# Blocks of a lane that are passed over together where none of them may be chosen.
+_GROUP = 4
 _SCALAR = plgpu.Layout.WG_SPLAT
 _PLAIN = plgpu.RefType()
 
@@ -84,29 +88,35 @@ def choose(values_ref, range_ref, kept_ref, count_ref, row, segment, scores: Sco
     for i in range(slots // LANES):
       slot = thread.add(lane, thread.i32(LANES * i))
       place = thread.add(kept_place, thread.multiply(slot, 4))
-      is_kept = arith.cmpi(arith.CmpIPredicate.slt, slot, num_kept)
+      is_kept = thread.is_less(slot, num_kept)
       # Of numbers that are not negative, the bits ascend as the numbers do; 0 is no number.
       bits = thread.add(thread.load_shared(place, bits_offset), thread.i32(1))
       keys.append(arith.select(is_kept, bits, thread.i32(0)))
       blocks.append(thread.load_shared(place))
-    for i in range(-(-scores.most_blocks // LANES)):
-      block = thread.add(thread.add(first_block, lane), thread.i32(LANES * i))
-      is_in = thread.is_between(block, low, high)
-      window = thread.add(thread.multiply(block, scores.per_block), thread.i32(scores.first))
-      best = thread.i32(0)
-      for j in range(scores.count):
-        there = thread.add(window, thread.i32(j))
-        is_there = arith.andi(is_in, thread.is_between(there, begin, end))
-        number = thread.add(arith.subi(there, first_window), thread.i32(scores.halo))
-        number = arith.select(is_there, number, thread.i32(0))
-        place = thread.add(values_place, thread.multiply(number, 4))
-        bits = arith.select(is_there, thread.load_shared(place), thread.i32(0))
-        best = arith.maxui(best, bits)
-      keys.append(arith.select(is_in, thread.add(best, thread.i32(1)), thread.i32(0)))
-      blocks.append(block)
+    first_own = thread.add(first_block, lane)
+    window = thread.add(thread.multiply(first_own, scores.per_block), thread.i32(scores.first))
+    number = thread.add(arith.subi(window, first_window), thread.i32(scores.halo))
+    row_of_blocks = _Row(
+      scores,
+      place=thread.add(values_place, thread.multiply(number, 4)),
+      first_block=first_block,
+      low=low,
+      high=high,
+      block=arith.subi(first_own, low),
+      num_blocks=arith.maxsi(arith.subi(high, low), thread.i32(0)),
+      window=arith.subi(window, begin),
+      num_windows=arith.maxsi(arith.subi(end, begin), thread.i32(0)),
+    )
+    num_loads = -(-scores.most_blocks // LANES)
+    for i in range(0, num_loads, _GROUP):
+      keys += row_of_blocks.keys(range(i, min(i + _GROUP, num_loads)))
+    blocks += [thread.add(first_own, thread.i32(LANES * i)) for i in range(num_loads)]
 
-    threshold = _threshold(keys, wanted)
-    chosen = _write(keys, blocks, threshold, wanted, lane, kept_place, bits_offset)
+    place = kept_place, bits_offset
+    if slots == LANES:
+      chosen = _choose_among_few(keys, blocks, wanted, place)
+    else:
+      chosen = _choose_among_all(keys, blocks, wanted, place)
     first_lane = arith.cmpi(arith.CmpIPredicate.eq, lane, thread.i32(0))
     thread.store_shared(count_place, chosen, first_lane)
     # The last windows go before those of the next segment.
@@ -118,6 +128,130 @@ def choose(values_ref, range_ref, kept_ref, count_ref, row, segment, scores: Sco
     mgpu_utils.warp_barrier()
 
   run(values_ref, range_ref, kept_ref, count_ref, *(jnp.int32(x) for x in (row, *segment)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """The row of blocks that a warp chooses from, as one lane sees it.
+
+  Attributes:
+    scores: where scores lie.
+    place: where the first window of the lane's first block lies.
+    first_block: of the row.
+    low, high: blocks between which may be chosen.
+    block: the lane's first block less `low`.
+    num_blocks: from `low` on.
+    window: the first window of the lane's first block less the first that was computed.
+    num_windows: that were computed.
+  """
+
+  scores: Scores
+  place: ir.Value
+  first_block: ir.Value
+  low: ir.Value
+  high: ir.Value
+  block: ir.Value
+  num_blocks: ir.Value
+  window: ir.Value
+  num_windows: ir.Value
+
+  def keys(self, numbers: range) -> list[ir.Value]:
+    """The keys of some of the lane's blocks: bits of the score and 1 more, 0 if it is out."""
+    i32 = thread.int32()
+    first = thread.add(self.first_block, thread.i32(LANES * numbers.start))
+    after = thread.add(self.first_block, thread.i32(LANES * numbers.stop))
+    is_any = arith.andi(thread.is_less(first, self.high), thread.is_less(self.low, after))
+    branch = scf.IfOp(is_any, [i32] * len(numbers), has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+      scf.yield_([self._key(i) for i in numbers])
+    with ir.InsertionPoint(branch.else_block):
+      scf.yield_([thread.i32(0)] * len(numbers))
+    return list(branch.results)
+
+  def _key(self, i: int) -> ir.Value:
+    step = LANES * i * self.scores.per_block
+    best = thread.i32(0)
+    for j in range(self.scores.count):
+      # Compared as unsigned numbers, those below the first are beyond the last.
+      is_there = arith.cmpi(
+        arith.CmpIPredicate.ult,
+        thread.add(self.window, thread.i32(step + j)),
+        self.num_windows,
+      )
+      best = arith.maxui(best, _load_if(is_there, self.place, 4 * (step + j)))
+    block = thread.add(self.block, thread.i32(LANES * i))
+    is_in = arith.cmpi(arith.CmpIPredicate.ult, block, self.num_blocks)
+    return arith.select(is_in, thread.add(best, thread.i32(1)), thread.i32(0))
+
+
+def _choose_among_all(keys, blocks, wanted, place):
+  """Writes the `wanted` largest keys and their blocks, ascending by block; their number."""
+  return _write(keys, blocks, _threshold(keys, wanted), wanted, place)
+
+
+def _choose_among_few(keys, blocks, wanted, place):
+  """The same for at most 32: what cannot be among them is left out first.
+
+  As many lanes as are wanted have a largest key that reaches a certain bound, so nothing
+  below it is chosen; and not many more than are wanted lie above it.
+  """
+  i32, lane = thread.int32(), thread.lane()
+  largest = keys[0]
+  for key in keys[1:]:
+    largest = arith.maxui(largest, key)
+  reached_by = thread.i32(0)
+  for j in range(LANES):
+    is_larger = arith.cmpi(arith.CmpIPredicate.uge, _of_lane(largest, j), largest)
+    reached_by = thread.add(reached_by, arith.extui(i32, is_larger))
+  is_enough = arith.cmpi(arith.CmpIPredicate.sge, reached_by, wanted)
+  bound = _reduce("max.u32", arith.select(is_enough, largest, thread.i32(0)))
+  # Keys of 0 stand for nothing.
+  bound = arith.maxui(bound, thread.i32(1))
+  votes = [thread.ballot(arith.cmpi(arith.CmpIPredicate.uge, key, bound)) for key in keys]
+  num_left = thread.i32(0)
+  for vote in votes:
+    num_left = thread.add(num_left, thread.popcount(vote))
+
+  branch = scf.IfOp(
+    arith.cmpi(arith.CmpIPredicate.sle, num_left, thread.i32(LANES)), [i32], has_else=True
+  )
+  with ir.InsertionPoint(branch.then_block):
+    kept_place, bits_offset = place
+    # What was kept lies where this goes: all of it has been read by now.
+    mgpu_utils.warp_barrier()
+    below, lower_lanes = thread.i32(0), thread.lower_bits(lane)
+    for key, block, vote in zip(keys, blocks, votes, strict=True):
+      here = thread.add(below, thread.popcount(arith.andi(vote, lower_lanes)))
+      here = thread.add(kept_place, thread.multiply(here, 4))
+      is_left = arith.cmpi(arith.CmpIPredicate.uge, key, bound)
+      thread.store_shared(here, block, is_left)
+      thread.store_shared(here, key, is_left, bits_offset)
+      below = thread.add(below, thread.popcount(vote))
+    mgpu_utils.warp_barrier()
+    own = thread.add(kept_place, thread.multiply(lane, 4))
+    key = thread.load_shared(own, bits_offset)
+    key = arith.select(thread.is_less(lane, num_left), key, thread.i32(0))
+    block = thread.load_shared(own)
+    rank = thread.i32(0)
+    for j in range(LANES):
+      # Of equal keys, that of the lower lane comes first: its block is lower.
+      is_before = thread.is_less(thread.i32(j), lane)
+      least = thread.add(key, arith.select(is_before, thread.i32(0), thread.i32(1)))
+      is_larger = arith.cmpi(arith.CmpIPredicate.uge, _of_lane(key, j), least)
+      rank = thread.add(rank, arith.extui(i32, is_larger))
+    is_key = arith.cmpi(arith.CmpIPredicate.ugt, key, thread.i32(0))
+    is_chosen = arith.andi(is_key, thread.is_less(rank, wanted))
+    vote = thread.ballot(is_chosen)
+    here = thread.popcount(arith.andi(vote, lower_lanes))
+    here = thread.add(kept_place, thread.multiply(here, 4))
+    mgpu_utils.warp_barrier()
+    thread.store_shared(here, block, is_chosen)
+    thread.store_shared(here, arith.subi(key, thread.i32(1)), is_chosen, bits_offset)
+    mgpu_utils.warp_barrier()
+    scf.yield_([thread.popcount(vote)])
+  with ir.InsertionPoint(branch.else_block):
+    scf.yield_([_choose_among_all(keys, blocks, wanted, place)])
+  return branch.results[0]
 
 
 def _threshold(keys, wanted):
@@ -160,9 +294,10 @@ def _threshold(keys, wanted):
   return loop.results[0]
 
 
-def _write(keys, blocks, threshold, wanted, lane, kept_place, bits_offset):
+def _write(keys, blocks, threshold, wanted, place):
   """Writes what is chosen, ascending by block; returns how many there are."""
-  lower_lanes = arith.subi(arith.shli(thread.i32(1), lane), thread.i32(1))
+  kept_place, bits_offset = place
+  lower_lanes = thread.lower_bits(thread.lane())
 
   def rank(is_member, before):
     """Members in lower lanes and before, and all of them up to here."""
@@ -193,6 +328,22 @@ def _write(keys, blocks, threshold, wanted, lane, kept_place, bits_offset):
     thread.store_shared(place, bits, is_chosen, bits_offset)
   mgpu_utils.warp_barrier()
   return chosen
+
+
+def _of_lane(x, lane: int):
+  ptx = f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1f, 0xffffffff;"
+  return thread.convergent(ptx, x)
+
+
+def _load_if(predicate, address, offset: int):
+  """An int32 of shared memory, 0 where the predicate is false."""
+  return mgpu_utils.inline_ptx(
+    f"{{ mov.b32 $0, 0; @$1 ld.shared.b32 $0, [$2 + {offset}]; }}",
+    predicate,
+    address,
+    result_types=thread.int32(),
+    has_side_effects=True,
+  )
 
 
 def _reduce(how: str, x):
