@@ -47,7 +47,7 @@ def lane() -> ir.Value:
 
 
 def warp() -> ir.Value:
-  """Number of the warp in its warpgroup."""
+  """Number of the warp in its warpgroup; only where all threads of the warp take part."""
   return bits(mgpu_utils.warp_idx(), 0, 3)
 
 

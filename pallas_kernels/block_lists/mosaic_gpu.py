@@ -73,9 +73,10 @@ def lists(
     @plgpu.inline_mgpu(arg_types=(_PLAIN,) * len(refs) + (_SCALAR,), return_type=None)
     def run(context, *args):
       del context
-      tile = thread.add(thread.multiply(thread.value(args[-1]), _WARPS), thread.warp())
+      warp = thread.warp()
+      tile = thread.add(thread.multiply(thread.value(args[-1]), _WARPS), warp)
       with mgpu_utils.when(thread.is_less(tile, thread.i32(num_tiles))):
-        _Warp(sizes, tile, *args[:-1]).run()
+        _Warp(sizes, warp, tile, *args[:-1]).run()
 
     run(*refs, jnp.int32(lax.axis_index("group")))
 
@@ -140,6 +141,7 @@ class _Warp:
 
   Attributes:
     sizes: of the call.
+    warp: its number in its warpgroup.
     tile: its number among all rows R.
     blocks, first, position: what is read of device memory.
     entries, union, count: what is written there.
@@ -148,6 +150,7 @@ class _Warp:
   """
 
   sizes: _Sizes
+  warp: object
   tile: object
   blocks: object
   first: object
@@ -198,7 +201,7 @@ class _Warp:
     return self._own(self.words, 2 * self.sizes.num_words, i)
 
   def _own(self, ref, size: int, i):
-    index = thread.add(thread.multiply(thread.warp(), size), i)
+    index = thread.add(thread.multiply(self.warp, size), i)
     return thread.add(thread.smem_address(ref), thread.multiply(index, 4))
 
   # Steps.
