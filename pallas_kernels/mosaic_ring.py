@@ -22,7 +22,7 @@ class Ring:
   Attributes:
     filled: barriers, one for each stage, that copies into it complete.
     free: barriers, one for each stage, on which every reader arrives.
-    num_stages: a power of two.
+    num_stages: how many there are.
     before: stages of all earlier stretches.
     interpreted: whether the kernel runs in the interpreter.
   """
@@ -35,7 +35,7 @@ class Ring:
 
   def index(self, stage) -> jax.Array:
     """Where in the ring a stage lies."""
-    return (self.before + stage) & (self.num_stages - 1)
+    return wrap(self.before + stage, self.num_stages)
 
   def wait(self, ready, until) -> jax.Array:
     """Waits for all stages below `until`; returns the new `ready`."""
@@ -88,6 +88,14 @@ def drain(free, num_stages: int, total) -> None:
   """Observes that readers have left the last stages, after `total` of them."""
 
   def step(stage, _):
-    plgpu.barrier_wait(free.at[stage & (num_stages - 1)])
+    plgpu.barrier_wait(free.at[wrap(stage, num_stages)])
 
   lax.fori_loop(jnp.maximum(total - num_stages, 0), total, step, None)
+
+
+def wrap(number, size: int) -> jax.Array:
+  """The remainder of a number that is not negative."""
+  if size & (size - 1) == 0:
+    return number & (size - 1)
+  # Dividing signed numbers by a constant takes twice as many instructions.
+  return lax.rem(number.astype(jnp.uint32), jnp.uint32(size)).astype(jnp.int32)

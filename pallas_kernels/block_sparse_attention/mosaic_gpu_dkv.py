@@ -42,7 +42,7 @@ class Config:
 
   Attributes:
     warpgroups: that compute, each with four pieces of keys.
-    stages: of the ring, a power of two.
+    stages: of the ring.
     units_per_stage: a power of two that divides a window.
     registers: of each computing thread.
   """
@@ -388,7 +388,7 @@ class Pair:
     """Places of the units in the ring."""
     ring, per_stage = self.share.ring, self.share.config.units_per_stage
     size, before = ring.num_stages * per_stage, ring.before * per_stage
-    return [(before + self.first_slot + place) & (size - 1) for place in self.places]
+    return [mosaic_ring.wrap(before + self.first_slot + place, size) for place in self.places]
 
   def columns(self, what: int):
     """Numbers of the units' rows (see `LSE`), [rows, 32]."""

@@ -34,7 +34,7 @@ class Config:
 
   Attributes:
     warpgroups: that compute, each with four units.
-    stages: of 64 keys and values in shared memory, a power of two.
+    stages: of 64 keys and values in shared memory.
     registers: of each computing thread.
   """
 
@@ -340,7 +340,7 @@ class Group:
     """Places of the blocks in the ring."""
     ring, group = self.tile.ring, self.tile.shape.group
     size = ring.num_stages * group
-    return [(ring.before * group + place) & (size - 1) for place in self.places]
+    return [mosaic_ring.wrap(ring.before * group + place, size) for place in self.places]
 
   @property
   def pieces(self) -> list[jax.Array]:
