@@ -1,6 +1,7 @@
 """A model's parameters before and as they come to be on the devices."""
 
 from collections.abc import Callable
+import dataclasses
 
 from flax import linen as nn
 import jax
@@ -10,9 +11,16 @@ from sparsejax import model, sharding
 
 
 def init(transformer: model.Transformer, rng: jax.Array) -> dict:
-  """New parameters, each boxed with its logical axes (see `abstract_of`)."""
-  ids = jnp.zeros((1, transformer.options.block_size), jnp.int32)
-  return transformer.init(rng, ids, ids, ids + 1)["params"]
+  """New parameters, each boxed with its logical axes (see `abstract_of`).
+
+  They are the same whatever attention runs on.
+  """
+  # One row cannot be divided over a mesh, and kernels refuse one that is not.
+  options = dataclasses.replace(
+    transformer.options, full_implementation="xla", sparse_implementation="xla"
+  )
+  ids = jnp.zeros((1, options.block_size), jnp.int32)
+  return transformer.clone(options=options).init(rng, ids, ids, ids + 1)["params"]
 
 
 def abstract(transformer: model.Transformer, mesh: jax.sharding.Mesh) -> dict:

@@ -23,8 +23,8 @@ from pallas_kernels.dispatch import Shaped
 type SelectionImplementation = Literal["auto", "strict", "mosaic_gpu", "xla", "reference"]
 type Rule = Literal["exact", "half_local"]
 
-# What `auto` tries, in this order. Kernels go in front once they have been verified on GPUs.
-AUTOMATIC = ("xla",)
+# What `auto` tries, in this order.
+AUTOMATIC = ("mosaic_gpu", "xla")
 
 
 def select_blocks(
@@ -81,8 +81,9 @@ def select_blocks(
     key_score_BSK: of each key (NOSA's importance before the exponential).
     num_by_query: with scores of keys, how many blocks queries choose.
     implementation: `mosaic_gpu` runs on Hopper GPUs, for the dtypes and sizes in its file;
-      `xla` runs anywhere; `reference` is the definition. `strict` is the GPU kernel, or an
-      error; None and `auto` the first of `AUTOMATIC` that can run.
+      `xla` runs anywhere; `reference` is the definition. None and `auto` take `mosaic_gpu`
+      where it can run and `xla` elsewhere; `strict` is `mosaic_gpu` or an error. Arrays that
+      are divided over a mesh of several devices reach it in `jax.shard_map` alone.
 
   Raises:
     ValueError: shapes or numbers that do not fit together, or an implementation that cannot
@@ -157,7 +158,11 @@ def choose_block_selection(
 
 def _choose(problem: Problem, rules: Rules, implementation: str | None) -> dispatch.Choice:
   candidates = {
-    "mosaic_gpu": lambda: devices.why_not_hopper() or mosaic_gpu.why_not(problem, rules),
+    "mosaic_gpu": lambda: (
+      devices.why_not_hopper()
+      or devices.why_not_divided(problem)
+      or mosaic_gpu.why_not(problem, rules)
+    ),
     "xla": dispatch.runs_anywhere,
     "reference": dispatch.runs_anywhere,
   }

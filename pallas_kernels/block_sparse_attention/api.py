@@ -21,8 +21,8 @@ type AttentionImplementation = Literal[
   "auto", "strict", "mosaic_gpu", "triton", "xla", "reference"
 ]
 
-# What `auto` tries, in this order. Kernels go in front once they have been verified on GPUs.
-AUTOMATIC = ("xla",)
+# What `auto` tries, in this order. Triton goes in once `pytest -m gpu` has passed it whole.
+AUTOMATIC = ("mosaic_gpu", "xla")
 
 
 def block_sparse_attention(
@@ -61,8 +61,10 @@ def block_sparse_attention(
     scale: factor on the scores; None is D ** -0.5.
     implementation: `mosaic_gpu` runs on Hopper GPUs, `triton` on NVIDIA GPUs from Ampere on
       where the extra of that name is installed, each for the dtypes and sizes in its file;
-      `xla` runs anywhere; `reference` is the definition. `strict` is the first of the GPU
-      kernels that can run, or an error; None and `auto` the first of `AUTOMATIC` that can.
+      `xla` runs anywhere; `reference` is the definition. None and `auto` take `mosaic_gpu`
+      where it can run and `xla` elsewhere; `triton` runs by name or with `strict`, which is
+      the first of the GPU kernels that can run, or an error. Arrays that are divided over a
+      mesh of several devices reach the kernels in `jax.shard_map` alone.
 
   Raises:
     ValueError: shapes or dtypes that do not fit together, queries beyond the keys, or an
@@ -111,8 +113,16 @@ def choose_block_sparse_attention(
 
 def _choose(problem, block_size, implementation) -> dispatch.Choice:
   candidates = {
-    "mosaic_gpu": lambda: devices.why_not_hopper() or mosaic_gpu.why_not(problem, block_size),
-    "triton": lambda: triton_gpu.why_not_here() or triton_gpu.why_not(problem, block_size),
+    "mosaic_gpu": lambda: (
+      devices.why_not_hopper()
+      or devices.why_not_divided(problem)
+      or mosaic_gpu.why_not(problem, block_size)
+    ),
+    "triton": lambda: (
+      triton_gpu.why_not_here()
+      or devices.why_not_divided(problem)
+      or triton_gpu.why_not(problem, block_size)
+    ),
     "xla": dispatch.runs_anywhere,
     "reference": dispatch.runs_anywhere,
   }

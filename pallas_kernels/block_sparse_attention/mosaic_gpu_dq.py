@@ -44,12 +44,15 @@ def dq(
     yield lse_gmem.at[tile.row, tile.lines], smem["lse"]
     yield delta_gmem.at[tile.row, tile.lines], smem["delta"]
 
-  def attend(tile, scratch, out_refs):
-    (dq_gmem,) = out_refs
+  def load(tile, scratch):
     smem = {name: ref.at[tile.thread] for name, ref in scratch.items()}
-    q, dout = warps.load_rows(smem["q"]), warps.load_rows(smem["dout"])
-    lse, delta = warps.load_vector(smem["lse"]), warps.load_vector(smem["delta"])
-    shift = -_LOG2E * lse
+    q, dout = (warps.load_rows(smem[name]) for name in ("q", "dout"))
+    lse, delta = (warps.load_vector(smem[name]) for name in ("lse", "delta"))
+    return q, dout, -_LOG2E * lse, delta
+
+  def attend(tile, loaded, scratch, out_refs):
+    (dq_gmem,) = out_refs
+    q, dout, shift, delta = loaded
 
     def step(group, total):
       # Half a group at a time keeps scores and their gradients in registers.
@@ -67,11 +70,13 @@ def dq(
       return total
 
     total = tile.walk(step, warps.zeros(shape.head_dim))
-    smem["q"][...] = (total * scale).astype(jnp.bfloat16)
-    plgpu.commit_smem()
-    for target, source in tile.unit_slices(dq_gmem, smem["q"]):
-      plgpu.copy_smem_to_gmem(source, target)
+    dq_smem = scratch["dq"].at[tile.thread]
+    # What was written for the tile before has long been read from here.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    dq_smem[...] = (total * scale).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    for target, source in tile.unit_slices(dq_gmem, dq_smem):
+      plgpu.copy_smem_to_gmem(source, target)
 
   rows = walk.tiled((num_threads, warps.rows, shape.head_dim))
   numbers = plgpu.SMEM((num_threads, warps.rows), jnp.float32)
@@ -81,9 +86,10 @@ def dq(
     shape=shape,
     config=config,
     out_type=[jax.ShapeDtypeStruct(q_BVXD.shape, q_BVXD.dtype)],
-    scratch=dict(q=rows, dout=rows, lse=numbers, delta=numbers),
+    scratch=dict(q=rows, dout=rows, dq=rows, lse=numbers, delta=numbers),
     num_copies=2 * warps.per_thread + 2,
     copies=copies,
+    load=load,
     attend=attend,
     interpret=interpret,
   )

@@ -35,10 +35,12 @@ def forward(
     (q_gmem,) = own_refs
     yield from tile.unit_slices(q_gmem, scratch["q"].at[tile.thread])
 
-  def attend(tile, scratch, out_refs):
+  def load(tile, scratch):
+    return warps.load_rows(scratch["q"].at[tile.thread])
+
+  def attend(tile, q, scratch, out_refs):
     out_gmem, lse_gmem = out_refs
-    q_smem, lse_smem = (scratch[name].at[tile.thread] for name in ("q", "lse"))
-    q = warps.load_rows(q_smem)
+    out_smem, lse_smem = (scratch[name].at[tile.thread] for name in ("out", "lse"))
 
     def step(group, carry):
       total, highest, norm = carry
@@ -64,15 +66,17 @@ def forward(
     inverse = jnp.where(norm > 0.0, 1.0 / jnp.maximum(norm, 1e-37), 0.0)
     lse = jnp.where(norm > 0.0, (highest + jnp.log2(norm)) / _LOG2E, -jnp.inf)
     out = total * walk.along_rows(inverse, total.shape)
-    q_smem[...] = out.astype(jnp.bfloat16)
+    # What was written for the tile before has long been read from here.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out_smem[...] = out.astype(jnp.bfloat16)
     lse_smem[...] = lse
     plgpu.commit_smem()
-    for target, source in tile.unit_slices(out_gmem, q_smem):
+    for target, source in tile.unit_slices(out_gmem, out_smem):
       plgpu.copy_smem_to_gmem(source, target)
     plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[tile.row, tile.lines])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   num_lines = lists.count_RX.shape[1] * config.units_per_tile * UNIT
+  rows = walk.tiled((num_threads, warps.rows, shape.head_dim))
   out_BVXD, lse_RL = walk.call(
     [q_BVXD],
     lists,
@@ -83,11 +87,11 @@ def forward(
       jax.ShapeDtypeStruct((shape.num_rows, num_lines), jnp.float32),
     ],
     scratch=dict(
-      q=walk.tiled((num_threads, warps.rows, shape.head_dim)),
-      lse=plgpu.SMEM((num_threads, warps.rows), jnp.float32),
+      q=rows, out=rows, lse=plgpu.SMEM((num_threads, warps.rows), jnp.float32)
     ),
     num_copies=warps.per_thread,
     copies=copies,
+    load=load,
     attend=attend,
     interpret=interpret,
   )

@@ -75,6 +75,7 @@ def call(
   scratch: dict[str, Any],
   num_copies: int,
   copies: Callable,
+  load: Callable,
   attend: Callable,
   interpret=None,
 ) -> list[jax.Array]:
@@ -89,7 +90,9 @@ def call(
     num_copies: how many copies `copies` gives.
     copies: `copies(tile, own_refs, scratch_refs)` gives pairs of source and target, to be
       copied before a thread begins a tile.
-    attend: `attend(tile, scratch_refs, out_refs)` is a thread's work on a tile.
+    load: `load(tile, scratch_refs)` takes into registers all that was copied, so that the
+      copies for the next tile can begin; the first thing that a thread does.
+    attend: `attend(tile, loaded, scratch_refs, out_refs)` is the rest of its work on a tile.
     interpret: of `plgpu.kernel`.
   """
   warps = shape.warps
@@ -117,17 +120,27 @@ def call(
         walk["filled"], walk["free"], config.stages, before, shape.interpreted
       )
       num_stages = lax.div(count + shape.group - 1, jnp.int32(shape.group))
-      return Tile(shape, config, gmem, walk, ring, row, x, num_stages, thread)
+      return Tile(shape, config, gmem, walk, ring, row, x, num_stages, thread, i & 1)
 
     def compute():
+      def begin_copies(i):
+        @pl.when(i < num_own)
+        def _begin():
+          tile = tile_of(i, jnp.int32(0))
+          for source, target in (*tile.copies(), *copies(tile, own_refs, own_scratch)):
+            plgpu.copy_gmem_to_smem(source, target, walk["ready"].at[thread])
+
       def work(i, before):
         tile = tile_of(i, before)
-        for source, target in (*tile.copies(), *copies(tile, own_refs, own_scratch)):
-          plgpu.copy_gmem_to_smem(source, target, walk["ready"].at[thread])
         plgpu.barrier_wait(walk["ready"].at[thread])
-        attend(tile, own_scratch, out_refs)
+        loaded = load(tile, own_scratch)
+        # All warps have read what the copies for the next tile write over.
+        plgpu.commit_smem()
+        begin_copies(i + 1)
+        attend(tile, loaded, own_scratch, out_refs)
         return before + tile.num_stages
 
+      begin_copies(jnp.int32(0))
       lax.fori_loop(0, num_own, work, jnp.int32(0))
       plgpu.wait_smem_to_gmem(0)
 
@@ -145,9 +158,10 @@ def call(
   walk = dict(
     k=tiled((slots * shape.block_size, shape.head_dim)),
     v=tiled((slots * shape.block_size, shape.head_dim)),
-    entries=plgpu.SMEM((num_threads, warps.per_thread, width), jnp.int32),
-    first=plgpu.SMEM((num_threads, warps.rows), jnp.int32),
-    position=plgpu.SMEM((num_threads, warps.rows), jnp.int32),
+    # Of a tile, and of the one after it.
+    entries=plgpu.SMEM((2, num_threads, warps.per_thread, width), jnp.int32),
+    first=plgpu.SMEM((2, num_threads, warps.rows), jnp.int32),
+    position=plgpu.SMEM((2, num_threads, warps.rows), jnp.int32),
     ready=plgpu.Barrier(
       num_arrivals=3 + shape.has_tokens + num_copies, num_barriers=num_threads
     ),
@@ -184,6 +198,7 @@ class Tile:
     row, x: which row R, and which tile of it.
     num_stages: of the union.
     thread: number of the thread.
+    turn: which half of what is there twice belongs to this tile.
   """
 
   shape: Shape
@@ -195,6 +210,11 @@ class Tile:
   x: jax.Array
   num_stages: jax.Array
   thread: jax.Array
+  turn: jax.Array
+
+  def own(self, name: str):
+    """The thread's part of what the walk knows of its units."""
+    return self.smem[name].at[self.turn, self.thread]
 
   @property
   def first_unit(self) -> jax.Array:
@@ -218,19 +238,19 @@ class Tile:
     """What the walk needs of the thread's units."""
     b, _ = self.shape.batch_and_head(self.row)
     own = pl.ds(self.first_unit, self.shape.warps.per_thread)
-    gmem, smem = self.gmem, self.smem
-    yield gmem.entries_RUE.at[self.row, own], smem["entries"].at[self.thread]
-    yield gmem.first_BL.at[b, self.lines], smem["first"].at[self.thread]
-    yield gmem.position_BL.at[b, self.lines], smem["position"].at[self.thread]
+    gmem = self.gmem
+    yield gmem.entries_RUE.at[self.row, own], self.own("entries")
+    yield gmem.first_BL.at[b, self.lines], self.own("first")
+    yield gmem.position_BL.at[b, self.lines], self.own("position")
     if self.shape.has_tokens:
-      yield gmem.tokens_RUE.at[self.row, own], smem["tokens"].at[self.thread]
+      yield gmem.tokens_RUE.at[self.row, own], self.own("tokens")
 
   def walk(self, step: Callable[["Group", Any], Any], start: Any) -> Any:
     """Carries `start` through `step(group, carry)` for all groups of each warp's list."""
-    warps, entries = self.shape.warps, self.smem["entries"].at[self.thread]
+    warps, entries = self.shape.warps, self.own("entries")
     # What all rows of a unit see of a block between these two, they see whole.
-    (first,) = warps.words(self.smem["first"].at[self.thread], UNIT - 1, 1)
-    (last,) = warps.words(self.smem["position"].at[self.thread], 0, 1)
+    (first,) = warps.words(self.own("first"), UNIT - 1, 1)
+    (last,) = warps.words(self.own("position"), 0, 1)
 
     def advance(state):
       e, entry, ready, left, carry = state
@@ -255,7 +275,7 @@ class Tile:
     in_place, shift = (1 << query_tiles.PLACE_BITS) - 1, int(math.log2(shape.group))
     stage = lax.shift_right_logical(entry & in_place, shift)
     ready, left = ring.leave(ready, left, stage)
-    entries = shape.warps.words(self.smem["entries"].at[self.thread], e, shape.group)
+    entries = shape.warps.words(self.own("entries"), e, shape.group)
     # Further on there is no room before this warp has left the stage it is in.
     limit = (stage + ring.num_stages) * shape.group
     is_taken = [(x < query_tiles.END) & ((x & in_place) < limit) for x in entries]
@@ -372,14 +392,14 @@ class Group:
     return [lax.shift_right_logical(x, shift) * size for x in self.entries]
 
   def _mask(self, scores, numbers):
-    tile, shape, thread = self.tile, self.tile.shape, self.tile.thread
+    tile, shape = self.tile, self.tile.shape
     warps, per_block = shape.warps, shape.pieces_per_block
-    first = warps.load_vector(tile.smem["first"].at[thread])
-    position = warps.load_vector(tile.smem["position"].at[thread])
+    first = warps.load_vector(tile.own("first"))
+    position = warps.load_vector(tile.own("position"))
     column = warps.iota(1)
     first, position = (along_rows(x, column.shape) for x in (first, position))
     if shape.has_tokens:
-      bits = warps.words(tile.smem["tokens"].at[thread], self.e, shape.group)
+      bits = warps.words(tile.own("tokens"), self.e, shape.group)
       token = token_of_row(shape)
     parts = []
     for i, n in enumerate(numbers):
