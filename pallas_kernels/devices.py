@@ -38,7 +38,7 @@ def why_not_divided(arrays) -> str | None:
 
 def _num_devices_to_divide_over(mesh: jax.sharding.AbstractMesh) -> int:
   axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-  return math.prod(size for size, kind in axes if kind != jax.sharding.AxisType.Manual)
+  return math.prod(size for size, kind in axes)
 
 
 def num_multiprocessors() -> int:

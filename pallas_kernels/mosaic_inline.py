@@ -54,6 +54,50 @@ def load_rows(ref):
   return load(ref)
 
 
+def load_global_rows(ref, row, step: int):
+  d = ref.shape[-1]
+
+  @plgpu.inline_mgpu(
+    arg_types=(_PLAIN, _SCALAR),
+    return_type=plgpu.ShapeDtypeStruct((64, d), jnp.bfloat16, layout=LAYOUT),
+  )
+  def load(context, ref, row):
+    del context
+    place = _place_of_lane(ref, thread.value(row), step)
+    pair = ir.VectorType.get((2,), ir.BF16Type.get())
+    registers = []
+    for offset in _register_offsets(d, step):
+      bits = mgpu_utils.inline_ptx(
+        f"ld.global.nc.b32 $0, [$1 + {offset}];",
+        place,
+        result_types=thread.int32(),
+        has_side_effects=True,
+      )
+      registers.append(mgpu_utils.bitcast(bits, pair))
+    return _array(registers, (64, d))
+
+  return load(ref, jnp.int32(row))
+
+
+def store_global_rows(ref, row, is_there, x) -> None:
+  @plgpu.inline_mgpu(arg_types=(_PLAIN, _SCALAR, _SCALAR, LAYOUT), return_type=None)
+  def store(context, ref, row, is_there, x):
+    del context
+    place = _place_of_lane(ref, thread.value(row), 1)
+    predicate = thread.is_equal(thread.value(is_there), thread.i32(1))
+    offsets = _register_offsets(x.shape[-1], 1)
+    for offset, register in zip(offsets, x.registers.flat, strict=True):
+      mgpu_utils.inline_ptx(
+        f"st.global.b32 [$0 + {offset}], $1;",
+        place,
+        mgpu_utils.bitcast(register, thread.int32()),
+        predicate=predicate,
+        has_side_effects=True,
+      )
+
+  store(ref, jnp.int32(row), jnp.int32(is_there), x)
+
+
 def products(rows, ref, pieces):
   d, n = ref.shape[-1], len(pieces)
 
@@ -247,6 +291,28 @@ def _mma(sums, left, right):
     result_types=[ir.F32Type.get()] * 4,
     convergent=True,
   )
+
+
+def _place_of_lane(ref, row, step: int):
+  """Where in device memory the lane's first pair of a left operand lies.
+
+  Args:
+    ref: bfloat16 array [..., D].
+    row: number of the warp's first row among all rows of D elements.
+    step: from each of its rows to the next.
+  """
+  i64, d, lane = ir.IntegerType.get_signless(64), ref.type.shape[-1], thread.lane()
+  row = thread.add(row, thread.multiply(thread.bits(lane, 2, 7), step))
+  offset = arith.muli(arith.extui(i64, row), mgpu_utils.c(2 * d, i64))
+  column = arith.extui(i64, thread.multiply(thread.bits(lane, 0, 3), 4))
+  base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
+  return arith.addi(base, arith.addi(offset, column))
+
+
+def _register_offsets(d: int, step: int) -> list[int]:
+  """Bytes from the lane's first pair to each, in the order of a left operand's registers."""
+  rows = 0, 8 * step * 2 * d
+  return [32 * k + 16 * half + row for k in range(d // 16) for half in range(2) for row in rows]
 
 
 def _load_of_lane(ref, start):

@@ -73,6 +73,25 @@ class Warps:
     """bfloat16 [rows, D] of a tiled shared-memory array, as left operand of products."""
     return ref[...] if self.interpreted else inline.load_rows(ref)
 
+  # Rows in device memory, counted among all rows of D elements of an array [..., D].
+
+  def load_global_rows(self, ref, row, step: int) -> jax.Array:
+    """bfloat16 [rows, D]: each warp's rows `row`, `row + step` and on, as left operand."""
+    if not self.interpreted:
+      return inline.load_global_rows(ref, row, step)
+    return _flat_rows(ref, [row + step * i for i in range(PIECE)])
+
+  def store_global_rows(self, ref, row, is_there, x) -> None:
+    """Writes bfloat16 [rows, D] from each warp's `row` on, where `is_there`."""
+    if not self.interpreted:
+      inline.store_global_rows(ref, row, is_there, x)
+      return
+    *index, first = _index_of_row(ref, row)
+
+    @pl.when(is_there)
+    def _store():
+      ref[*index, pl.ds(first, PIECE), :] = x
+
   # Products.
 
   def products(self, rows, ref, pieces: Sequence[jax.Array]) -> jax.Array:
@@ -156,6 +175,19 @@ class Warps:
 
   def _cast(self, x, layout):
     return x if self.interpreted else plgpu.layout_cast(x, layout)
+
+
+def _index_of_row(ref, row) -> list[jax.Array]:
+  """The index, but for the last axis, of a row of D elements."""
+  index = []
+  for size in ref.shape[-2:0:-1]:
+    index.insert(0, lax.rem(row, jnp.int32(size)))
+    row = lax.div(row, jnp.int32(size))
+  return [row, *index]
+
+
+def _flat_rows(ref, rows):
+  return jnp.stack([ref[*_index_of_row(ref, row), :] for row in rows])
 
 
 def _read_piece(ref, piece):

@@ -16,25 +16,31 @@ from pallas_kernels.block_sparse_attention import (
 )
 from pallas_kernels.block_sparse_attention import problem as problems
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import STEP, UNIT, Shape
+from pallas_kernels.mosaic_warp import PIECE
 
 INTERPRETED_WORKERS = 2
 _LOG2E = 1.4426950408889634
-# Copies take whole tiles of shared memory, so that many keys at least.
-_KEYS_PER_COPY = 8
 
 
-def query_config(head_dim: int) -> mosaic_gpu_walk.Config:
-  """How the kernels over query tiles are laid out."""
+def query_config(head_dim: int, num_operands: int) -> mosaic_gpu_walk.Config:
+  """How a kernel over query tiles is laid out; tiles are the same in all of them.
+
+  Args:
+    head_dim: D.
+    num_operands: arrays of queries' rows in shared memory, which take room from the ring.
+  """
   if head_dim == 64:
-    return mosaic_gpu_walk.Config(warpgroups=3, stages=8, registers=160)
-  return mosaic_gpu_walk.Config(warpgroups=2, stages=4, registers=208)
+    stages = {1: 12, 2: 10}[num_operands]
+    return mosaic_gpu_walk.Config(warpgroups=3, stages=stages, registers=160)
+  stages = {1: 5, 2: 4}[num_operands]
+  return mosaic_gpu_walk.Config(warpgroups=2, stages=stages, registers=208)
 
 
 def key_config(head_dim: int) -> mosaic_gpu_dkv.Config:
   """How the kernel over key tiles is laid out."""
   if head_dim == 64:
-    return mosaic_gpu_dkv.Config(warpgroups=3, stages=8, units_per_stage=4, registers=160)
-  return mosaic_gpu_dkv.Config(warpgroups=2, stages=4, units_per_stage=4, registers=208)
+    return mosaic_gpu_dkv.Config(warpgroups=3, stages=13, units_per_stage=4, registers=160)
+  return mosaic_gpu_dkv.Config(warpgroups=2, stages=6, units_per_stage=4, registers=208)
 
 
 class Call:
@@ -50,7 +56,8 @@ class Call:
     kernel_block = min(block_size, STEP)
     self._parts_of_block = block_size // kernel_block
     self._num_blocks = -(-s // block_size) * self._parts_of_block
-    self._query_config, self._key_config = query_config(d), key_config(d)
+    self._forward_config, self._dq_config = query_config(d, 1), query_config(d, 2)
+    self._key_config = key_config(d)
     self._num_keys = s
     shape = Shape(
       batch=b,
@@ -58,7 +65,7 @@ class Call:
       num_units=grouping.num_units,
       units_per_token=grouping.units_per_token,
       tokens_per_unit=grouping.tokens_per_unit,
-      num_keys=s + -s % _KEYS_PER_COPY,
+      num_keys=s + -s % PIECE,
       head_dim=d,
       block_size=kernel_block,
       has_bias=problem.key_bias_BSK is not None,
@@ -80,7 +87,7 @@ class Call:
   def make_lists(self, blocks_BTKM, bounds) -> tuple[units.UnitLists, query_tiles.QueryTiles]:
     """The lists of units, and what the kernels over query tiles read."""
     first_BT, position_BT = bounds
-    units_per_tile = self._query_config.units_per_tile
+    units_per_tile = self._forward_config.units_per_tile
     arrays = _split_blocks(blocks_BTKM, self._parts_of_block), first_BT, position_BT[0]
     sizes = dict(
       grouping=self.packing.grouping,
@@ -123,7 +130,9 @@ class Call:
 
   def forward(self, q_BVXD, lists: mosaic_gpu_walk.Lists) -> tuple[jax.Array, jax.Array]:
     """Packed output, and lse by lines."""
-    return mosaic_gpu_forward.forward(q_BVXD, lists, config=self._query_config, **self._options)
+    return mosaic_gpu_forward.forward(
+      q_BVXD, lists, config=self._forward_config, **self._options
+    )
 
   def dq(self, q_BVXD, dout_BVXD, lse_RL, delta_RL, lists: mosaic_gpu_walk.Lists) -> jax.Array:
     """Packed gradient of queries."""
@@ -133,7 +142,7 @@ class Call:
       self._whole_tiles(lse_RL),
       self._whole_tiles(delta_RL),
       lists,
-      config=self._query_config,
+      config=self._dq_config,
       **self._options,
     )
 
@@ -177,21 +186,21 @@ class Call:
     return dk_BSKD, dv_BSKD, dbias_BSK[:, : self._num_keys]
 
   def _keys(self, problem: problems.Problem) -> tuple[jax.Array, jax.Array]:
-    return self._whole_copies(problem.k_BSKD), self._whole_copies(problem.v_BSKD)
+    return self._whole_pieces(problem.k_BSKD), self._whole_pieces(problem.v_BSKD)
 
   def _biases(self, problem: problems.Problem) -> jax.Array | None:
     if problem.key_bias_BSK is None:
       return None
     bias_BSK = problem.key_bias_BSK.astype(jnp.float32)
-    return self._whole_copies(bias_BSK).transpose(0, 2, 1)
+    return self._whole_pieces(bias_BSK).transpose(0, 2, 1)
 
-  def _whole_copies(self, x_BSX):
+  def _whole_pieces(self, x_BSX):
     missing = self._shape.num_keys - self._num_keys
     return jnp.pad(x_BSX, [(0, 0), (0, missing)] + [(0, 0)] * (x_BSX.ndim - 2))
 
   def _whole_tiles(self, x_RL):
     """Numbers of lines, padded to whole tiles of units."""
-    lines = self._query_config.units_per_tile * UNIT
+    lines = self._forward_config.units_per_tile * UNIT
     return jnp.pad(x_RL, [(0, 0), (0, -x_RL.shape[1] % lines)])
 
 

@@ -156,7 +156,6 @@ def dkv(
 
     def compute():
       def work(share):
-        share.load(thread)
         dk, dv, dbias = share.sums(thread, scale)
         y, lines = share.tile + worker, pl.ds(thread * rows, rows)
         outs[0][y, lines, :] = dk * scale
@@ -178,17 +177,15 @@ def dkv(
   if shape.has_bias:
     out_type.append(jax.ShapeDtypeStruct((num_sums, tile_keys), jnp.float32))
   smem = dict(
-    k=walk.tiled((num_threads, rows, d)),
-    v=walk.tiled((num_threads, rows, d)),
     q=walk.tiled((slots * UNIT, d)),
     dout=walk.tiled((slots * UNIT, d)),
     numbers=plgpu.SMEM((slots, 4 * UNIT), jnp.float32),
-    ready=plgpu.Barrier(num_arrivals=2 + shape.has_bias, num_barriers=num_threads),
     filled=plgpu.Barrier(num_arrivals=3 * config.units_per_stage, num_barriers=config.stages),
     free=plgpu.Barrier(num_arrivals=num_threads, num_barriers=config.stages),
   )
   if shape.has_bias:
     smem["bias"] = plgpu.SMEM((num_threads, rows), jnp.float32)
+    smem["bias_ready"] = plgpu.Barrier(num_barriers=num_threads)
   outs = plgpu.kernel(
     body,
     out_type=out_type,
@@ -235,28 +232,35 @@ class Share:
     x = lax.rem(self.tile, jnp.int32(self.tiles_per_row))
     return x * self.config.keys_per_tile
 
-  def load(self, thread) -> None:
-    """Brings the thread's keys, values and biases into shared memory; waits for them."""
+  def keys_and_values(self, thread) -> list[jax.Array]:
+    """Each warp's keys and values, [rows, D] both."""
+    shape, warps = self.shape, self.shape.warps
+    b, head = shape.batch_and_head(self.row)
+    key = self.first_key + UNIT * (thread * warps.per_thread + warps.index())
+    # Behind the last key anything will do: no unit reads it.
+    key = jnp.minimum(key, shape.num_keys - UNIT)
+    row = (b * shape.num_keys + key) * shape.num_kv_heads + head
+    return [
+      warps.load_global_rows(self.gmem[name], row, shape.num_kv_heads) for name in ("k", "v")
+    ]
+
+  def biases(self, thread) -> jax.Array:
+    """Biases of the thread's keys, [rows], in base 2."""
     b, head = self.shape.batch_and_head(self.row)
-    rows, barrier = self.shape.warps.rows, self.smem["ready"].at[thread]
+    warps, target = self.shape.warps, self.smem["bias"].at[thread]
     # Those of the tile before have been read by every warp.
     plgpu.commit_smem()
-    keys = pl.ds(self.first_key + thread * rows, rows)
-    for name in ("k", "v"):
-      source = self.gmem[name].at[b, keys, head]
-      plgpu.copy_gmem_to_smem(source, self.smem[name].at[thread], barrier)
-    if self.shape.has_bias:
-      source = self.gmem["bias"].at[b, head, keys]
-      plgpu.copy_gmem_to_smem(source, self.smem["bias"].at[thread], barrier)
+    keys = pl.ds(self.first_key + thread * warps.rows, warps.rows)
+    barrier = self.smem["bias_ready"].at[thread]
+    plgpu.copy_gmem_to_smem(self.gmem["bias"].at[b, head, keys], target, barrier)
     plgpu.barrier_wait(barrier)
+    return _LOG2E * warps.load_vector(target)
 
   def sums(self, thread, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The thread's sums over the windows: dk / scale, dv and dbias."""
     shape, smem, warps = self.shape, self.smem, self.shape.warps
-    k, v = (warps.load_rows(smem[name].at[thread]) for name in ("k", "v"))
-    bias = None
-    if shape.has_bias:
-      bias = _LOG2E * warps.load_vector(smem["bias"].at[thread])
+    k, v = self.keys_and_values(thread)
+    bias = self.biases(thread) if shape.has_bias else None
 
     def step(pair, sums):
       dk, dv, dbias = sums

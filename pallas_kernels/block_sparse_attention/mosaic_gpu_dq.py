@@ -50,7 +50,7 @@ def dq(
     lse, delta = (warps.load_vector(smem[name]) for name in ("lse", "delta"))
     return q, dout, -_LOG2E * lse, delta
 
-  def attend(tile, loaded, scratch, out_refs):
+  def attend(tile, loaded, out_refs):
     (dq_gmem,) = out_refs
     q, dout, shift, delta = loaded
 
@@ -70,13 +70,7 @@ def dq(
       return total
 
     total = tile.walk(step, warps.zeros(shape.head_dim))
-    dq_smem = scratch["dq"].at[tile.thread]
-    # What was written for the tile before has long been read from here.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    dq_smem[...] = (total * scale).astype(jnp.bfloat16)
-    plgpu.commit_smem()
-    for target, source in tile.unit_slices(dq_gmem, dq_smem):
-      plgpu.copy_smem_to_gmem(source, target)
+    tile.store(dq_gmem, (total * scale).astype(jnp.bfloat16))
 
   rows = walk.tiled((num_threads, warps.rows, shape.head_dim))
   numbers = plgpu.SMEM((num_threads, warps.rows), jnp.float32)
@@ -86,7 +80,7 @@ def dq(
     shape=shape,
     config=config,
     out_type=[jax.ShapeDtypeStruct(q_BVXD.shape, q_BVXD.dtype)],
-    scratch=dict(q=rows, dout=rows, dq=rows, lse=numbers, delta=numbers),
+    scratch=dict(q=rows, dout=rows, lse=numbers, delta=numbers),
     num_copies=2 * warps.per_thread + 2,
     copies=copies,
     load=load,

@@ -3,7 +3,6 @@
 import math
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as walk
@@ -38,9 +37,8 @@ def forward(
   def load(tile, scratch):
     return warps.load_rows(scratch["q"].at[tile.thread])
 
-  def attend(tile, q, scratch, out_refs):
+  def attend(tile, q, out_refs):
     out_gmem, lse_gmem = out_refs
-    out_smem, lse_smem = (scratch[name].at[tile.thread] for name in ("out", "lse"))
 
     def step(group, carry):
       total, highest, norm = carry
@@ -66,17 +64,10 @@ def forward(
     inverse = jnp.where(norm > 0.0, 1.0 / jnp.maximum(norm, 1e-37), 0.0)
     lse = jnp.where(norm > 0.0, (highest + jnp.log2(norm)) / _LOG2E, -jnp.inf)
     out = total * walk.along_rows(inverse, total.shape)
-    # What was written for the tile before has long been read from here.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    out_smem[...] = out.astype(jnp.bfloat16)
-    lse_smem[...] = lse
-    plgpu.commit_smem()
-    for target, source in tile.unit_slices(out_gmem, out_smem):
-      plgpu.copy_smem_to_gmem(source, target)
-    plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[tile.row, tile.lines])
+    tile.store(out_gmem, out.astype(jnp.bfloat16))
+    lse_gmem[tile.row, tile.lines] = lse
 
   num_lines = lists.count_RX.shape[1] * config.units_per_tile * UNIT
-  rows = walk.tiled((num_threads, warps.rows, shape.head_dim))
   out_BVXD, lse_RL = walk.call(
     [q_BVXD],
     lists,
@@ -86,9 +77,7 @@ def forward(
       jax.ShapeDtypeStruct(q_BVXD.shape, q_BVXD.dtype),
       jax.ShapeDtypeStruct((shape.num_rows, num_lines), jnp.float32),
     ],
-    scratch=dict(
-      q=rows, out=rows, lse=plgpu.SMEM((num_threads, warps.rows), jnp.float32)
-    ),
+    scratch=dict(q=walk.tiled((num_threads, warps.rows, shape.head_dim))),
     num_copies=warps.per_thread,
     copies=copies,
     load=load,

@@ -92,7 +92,7 @@ def call(
       copied before a thread begins a tile.
     load: `load(tile, scratch_refs)` takes into registers all that was copied, so that the
       copies for the next tile can begin; the first thing that a thread does.
-    attend: `attend(tile, loaded, scratch_refs, out_refs)` is the rest of its work on a tile.
+    attend: `attend(tile, loaded, out_refs)` is the rest of its work on a tile.
     interpret: of `plgpu.kernel`.
   """
   warps = shape.warps
@@ -137,12 +137,11 @@ def call(
         # All warps have read what the copies for the next tile write over.
         plgpu.commit_smem()
         begin_copies(i + 1)
-        attend(tile, loaded, own_scratch, out_refs)
+        attend(tile, loaded, out_refs)
         return before + tile.num_stages
 
       begin_copies(jnp.int32(0))
       lax.fori_loop(0, num_own, work, jnp.int32(0))
-      plgpu.wait_smem_to_gmem(0)
 
     def fetch():
       def stream(i, before):
@@ -233,6 +232,16 @@ class Tile:
     for n in range(self.shape.warps.per_thread):
       v, h = self.shape.place_of_unit(head, self.first_unit + n)
       yield array_BVXD.at[b, v, pl.ds(h, UNIT)], smem.at[pl.ds(n * UNIT, UNIT)]
+
+  def store(self, array_BVXD, x) -> None:
+    """Writes the thread's rows of a packed array, bfloat16 [rows, D]."""
+    b, head = self.shape.batch_and_head(self.row)
+    unit = self.first_unit + self.shape.warps.index()
+    v, h = self.shape.place_of_unit(head, unit)
+    _, num_v, num_x, _ = array_BVXD.shape
+    is_there = unit < self.shape.num_units
+    row = (b * num_v + v) * num_x + h
+    self.shape.warps.store_global_rows(array_BVXD, row, is_there, x)
 
   def copies(self):
     """What the walk needs of the thread's units."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import devices
 from pallas_kernels.block_selection import by_key, plan, xla
 from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.problem import Problem, Rules
@@ -427,3 +428,42 @@ def test_unknown_rule_is_refused():
   q, keys = make_problem(1, 16, 2, 1, 4)
   with pytest.raises(Exception, match=r"no selection rule|Type-check"):
     select_blocks(q, keys, block_size=4, num_blocks=2, rule="best")
+
+
+@pytest.mark.parametrize("implementation", [None, "auto"])
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({}, "mosaic_gpu (the first choice)"),
+    (dict(head_dim=128, block_size=64), "mosaic_gpu (the first choice)"),
+    (dict(rule="half_local"), "mosaic_gpu (the first choice)"),
+    (dict(dtype=jnp.float32), "xla (mosaic_gpu takes bfloat16, not float32 and float32)"),
+    (dict(head_dim=32), "xla (mosaic_gpu takes head sizes (64, 128), not 32)"),
+    (
+      dict(num_blocks=4096),
+      "xla (mosaic_gpu has no room in shared memory for num_blocks=4096)",
+    ),
+  ],
+)
+def test_a_hopper_takes_its_kernel_where_it_can_run(changes, said, implementation, monkeypatch):
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  options = dict(dtype=jnp.bfloat16, head_dim=64, block_size=16, num_blocks=4) | changes
+  dtype, head_dim = options.pop("dtype"), options.pop("head_dim")
+  q, keys = (jax.ShapeDtypeStruct((1, 64, n, head_dim), dtype) for n in (4, 2))
+  choice = pallas_kernels.choose_block_selection(
+    q, keys, **options, implementation=implementation
+  )
+  assert str(choice) == f"block_selection: {said}"
+
+
+def test_without_a_hopper_xla_runs_and_strict_is_refused():
+  if jax.devices()[0].platform == "gpu":
+    pytest.skip("this machine has a GPU")
+  q, keys = (jax.ShapeDtypeStruct((1, 64, n, 64), jnp.bfloat16) for n in (4, 2))
+  choose = functools.partial(
+    pallas_kernels.choose_block_selection, q, keys, block_size=16, num_blocks=4
+  )
+  why = "mosaic_gpu needs a Hopper GPU, this is cpu"
+  assert str(choose()) == f"block_selection: xla ({why})"
+  with pytest.raises(ValueError, match=f"='strict' cannot run: {why}; 'xla' runs anywhere"):
+    choose(implementation="strict")

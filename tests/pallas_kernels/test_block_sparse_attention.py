@@ -235,12 +235,12 @@ GPU_KERNELS = ("mosaic_gpu", "triton")
 BY_NAME = "runs by name or with strict"
 
 
-def shapes(*, dtype=jnp.bfloat16, head_dim=64, length=64):
+def shapes(*, dtype=jnp.bfloat16, heads=4, kv_heads=2, head_dim=64, length=64):
   def array(*shape, dtype=dtype):
     return jax.ShapeDtypeStruct((1, length, *shape), dtype)
 
-  k = array(2, head_dim)
-  return array(4, head_dim), k, k, array(2, 3, dtype=jnp.int32)
+  k = array(kv_heads, head_dim)
+  return array(heads, head_dim), k, k, array(kv_heads, 3, dtype=jnp.int32)
 
 
 @pytest.fixture
@@ -253,11 +253,46 @@ def ours(monkeypatch):
   monkeypatch.setattr(triton_gpu.importlib.util, "find_spec", lambda name: found)
 
 
-def test_no_kernel_is_taken_unasked(ours):
-  choice = choose_block_sparse_attention(*shapes(), block_size=16)
-  assert str(choice) == (
-    f"block_sparse_attention: xla (mosaic_gpu {BY_NAME}; triton {BY_NAME})"
+@pytest.mark.parametrize("implementation", [None, "auto"])
+@pytest.mark.parametrize(
+  ("changes", "block_size", "said"),
+  [
+    *(({}, size, "mosaic_gpu (the first choice)") for size in (16, 32, 64, 128)),
+    (dict(head_dim=128), 16, "mosaic_gpu (the first choice)"),
+    (
+      dict(dtype=jnp.float32),
+      16,
+      f"xla (mosaic_gpu takes bfloat16, not float32; triton {BY_NAME})",
+    ),
+    (
+      dict(head_dim=32),
+      16,
+      f"xla (mosaic_gpu takes head sizes (64, 128), not 32; triton {BY_NAME})",
+    ),
+    (
+      dict(heads=33, kv_heads=1),
+      16,
+      "xla (mosaic_gpu takes up to 32 query heads per key head, not 33; triton takes up to 32 "
+      "query heads per key head, not 33)",
+    ),
+  ],
+)
+def test_a_hopper_takes_its_kernels_where_they_can_run(
+  changes, block_size, said, implementation, ours
+):
+  choice = choose_block_sparse_attention(
+    *shapes(**changes), block_size=block_size, implementation=implementation
   )
+  assert str(choice) == f"block_sparse_attention: {said}"
+
+
+def test_triton_is_taken_by_name_alone(ours, monkeypatch):
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: "needs another GPU")
+  choose = functools.partial(choose_block_sparse_attention, *shapes(), block_size=16)
+  assert str(choose()) == (
+    f"block_sparse_attention: xla (mosaic_gpu needs another GPU; triton {BY_NAME})"
+  )
+  assert choose(implementation="triton").backend == "triton"
 
 
 def test_kernels_are_taken_where_the_automatic_ones_have_them(ours, monkeypatch):

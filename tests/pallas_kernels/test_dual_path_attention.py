@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels import (
   block_sparse_attention,
   choose_dual_path_attention,
+  devices,
   dual_path_attention,
   full_attention,
 )
@@ -105,6 +106,17 @@ def test_the_choice_names_the_backends_of_both_streams():
   assert choose(full_implementation="reference", implementation="separate").reason == (
     "full_attention by reference, block_sparse_attention by xla"
   )
+
+
+@pytest.mark.parametrize(
+  ("dtype", "backend"), [(jnp.bfloat16, "mosaic_gpu"), (jnp.float32, "xla")]
+)
+def test_on_a_hopper_the_sparse_stream_takes_its_kernels(dtype, backend, monkeypatch):
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  q, k = (jax.ShapeDtypeStruct((2, 64, n, 64), dtype) for n in (4, 2))
+  blocks = jax.ShapeDtypeStruct((2, 64, 2, 3), jnp.int32)
+  choice = choose_dual_path_attention(q, k, k, blocks, block_size=16, full_implementation="xla")
+  assert choice.reason == f"full_attention by xla, block_sparse_attention by {backend}"
 
 
 def test_there_is_no_other_implementation():
