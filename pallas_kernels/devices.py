@@ -27,9 +27,7 @@ def why_not_divided(arrays) -> str | None:
   `jax.shard_map`, over all axes of the mesh, every device has arrays of its own. (cuDNN's
   calls come with rules for the partitioner.)
   """
-  meshes = [jax.sharding.get_abstract_mesh()]
-  # An array knows its mesh even where none is set around the call.
-  meshes += [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
+  meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
   num_devices = max(map(_num_devices_to_divide_over, meshes))
   if num_devices > 1:
     return f"needs jax.shard_map for arrays of a mesh of {num_devices} devices"
@@ -38,7 +36,7 @@ def why_not_divided(arrays) -> str | None:
 
 def _num_devices_to_divide_over(mesh: jax.sharding.AbstractMesh) -> int:
   axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-  return math.prod(size for size, kind in axes)
+  return math.prod(size for size, kind in axes if kind != jax.sharding.AxisType.Manual)
 
 
 def num_multiprocessors() -> int:
