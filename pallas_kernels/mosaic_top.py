@@ -47,8 +47,12 @@ class Scores:
   most_blocks: int
 
 
-def choose(values_ref, range_ref, kept_ref, count_ref, row, segment, scores: Scores):
+def choose(
+  values_ref, range_ref, kept_ref, count_ref, row, segment, scores: Scores, is_first
+) -> None:
   """Chooses among the blocks that are kept and those of a segment; keeps what it chose.
+
+  Behind what is kept, blocks are -1.
 
   Each warp works on a row of its own: `4 row + warp` of all arrays.
 
@@ -64,14 +68,15 @@ def choose(values_ref, range_ref, kept_ref, count_ref, row, segment, scores: Sco
       that this segment completes, the window of the first number after the halo, and the
       windows that were computed in this tile.
     scores: where scores lie.
+    is_first: whether nothing is kept yet, whatever the arrays say.
   """
   num_rows, width = values_ref.shape
   slots = kept_ref.shape[-1]
 
-  @plgpu.inline_mgpu(arg_types=(_PLAIN,) * 4 + (_SCALAR,) * 6, return_type=None)
+  @plgpu.inline_mgpu(arg_types=(_PLAIN,) * 4 + (_SCALAR,) * 7, return_type=None)
   def run(context, values_ref, range_ref, kept_ref, count_ref, *scalars):
     del context
-    row, first_block, end_block, first_window, begin, end = map(thread.value, scalars)
+    row, first_block, end_block, first_window, begin, end, is_first = map(thread.value, scalars)
     row = thread.add(thread.multiply(row, 4), thread.warp())
     lane = thread.lane()
 
@@ -79,7 +84,8 @@ def choose(values_ref, range_ref, kept_ref, count_ref, row, segment, scores: Sco
     low, high, wanted = (thread.load_shared(range_place, 4 * num_rows * i) for i in range(3))
     low, high = arith.maxsi(low, first_block), arith.minsi(high, end_block)
     count_place = thread.add(thread.smem_address(count_ref), thread.multiply(row, 4))
-    num_kept = thread.load_shared(count_place)
+    is_first = thread.is_equal(is_first, thread.i32(1))
+    num_kept = arith.select(is_first, thread.i32(0), thread.load_shared(count_place))
     kept_place = thread.add(thread.smem_address(kept_ref), thread.multiply(row, 4 * slots))
     bits_offset = 4 * slots * num_rows
     values_place = thread.add(thread.smem_address(values_ref), thread.multiply(row, 4 * width))
@@ -119,6 +125,11 @@ def choose(values_ref, range_ref, kept_ref, count_ref, row, segment, scores: Sco
       chosen = _choose_among_all(keys, blocks, wanted, place)
     first_lane = arith.cmpi(arith.CmpIPredicate.eq, lane, thread.i32(0))
     thread.store_shared(count_place, chosen, first_lane)
+    for i in range(slots // LANES):
+      slot = thread.add(lane, thread.i32(LANES * i))
+      is_behind = arith.cmpi(arith.CmpIPredicate.sge, slot, chosen)
+      place = thread.add(kept_place, thread.multiply(slot, 4))
+      thread.store_shared(place, thread.i32(-1), is_behind)
     # The last windows go before those of the next segment.
     lane_place = thread.add(values_place, thread.multiply(lane, 4))
     last = thread.load_shared(lane_place, 4 * (width - LANES))
@@ -127,7 +138,8 @@ def choose(values_ref, range_ref, kept_ref, count_ref, row, segment, scores: Sco
     thread.store_shared(shifted, last, is_last)
     mgpu_utils.warp_barrier()
 
-  run(values_ref, range_ref, kept_ref, count_ref, *(jnp.int32(x) for x in (row, *segment)))
+  scalars = (jnp.int32(x) for x in (row, *segment, is_first))
+  run(values_ref, range_ref, kept_ref, count_ref, *scalars)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,7 +362,9 @@ def _reduce(how: str, x):
   return thread.convergent(f"redux.sync.{how} $0, $1, 0xffffffff;", x)
 
 
-def choose_interpreted(values_ref, range_ref, kept_ref, count_ref, row, segment, scores):
+def choose_interpreted(
+  values_ref, range_ref, kept_ref, count_ref, row, segment, scores, is_first
+) -> None:
   """The same in the interpreter, for the four warps of a warpgroup."""
   first_block, end_block, first_window, begin, end = segment
   num_rows, slots = values_ref.shape[0], kept_ref.shape[-1]
@@ -366,7 +380,7 @@ def choose_interpreted(values_ref, range_ref, kept_ref, count_ref, row, segment,
     low = jnp.maximum(range_ref[0, r], first_block)
     high = jnp.minimum(range_ref[1, r], end_block)
     kept, bits = kept_ref[r, :], kept_ref[num_rows + r, :]
-    is_kept = jnp.arange(slots) < count_ref[r]
+    is_kept = jnp.arange(slots) < jnp.where(is_first, 0, count_ref[r])
     keys = jnp.concatenate(
       [
         jnp.where(is_kept, bits + 1, 0),

@@ -1,6 +1,7 @@
 """Strictness for every test: eight devices, no silent broadcasting, checked array types."""
 
 import os
+import tempfile
 
 # Compiling is most of what the tests do; programs this small gain nothing from optimisation.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -20,6 +21,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# Tests that know nothing of each other ask for the same programs. A folder for each process,
+# because the cache's writes are not atomic; gone when it ends, so that nothing is remembered.
+COMPILED = tempfile.TemporaryDirectory(prefix="sparsejax-tests-")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
 # Shapes written in the signatures of the kernels are checked at every call.
 jaxtyping.install_import_hook("pallas_kernels", "beartype.beartype")
 
@@ -29,3 +36,7 @@ def pytest_collection_modifyitems(items):
   if marked and jax.devices()[0].platform != "gpu":
     for item in marked:
       item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_unconfigure():
+  COMPILED.cleanup()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_selection import mosaic_gpu, plan, xla
+from pallas_kernels.block_selection import mosaic_gpu, mosaic_gpu_tile, plan, xla
 from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.problem import Problem, Rules
 
@@ -48,7 +48,7 @@ def select(choose, problem, rules):
 
 
 INTERPRETED = {  # the problem, and how the kernel is laid out
-  "several_tiles": (make(1, 77, 4, 2, 64, 8, 4), {}),
+  "several_tiles": (make(1, 77, 16, 2, 64, 8, 4), {}),
   "an_odd_head": (make(1, 40, 3, 1, 64, 8, 3, segments=0.1), {}),
   "segments_of_windows": (
     make(1, 40, 2, 1, 64, 4, 5, num_initial=1, num_local=2, segments=0.005, offset=600),
@@ -66,7 +66,7 @@ INTERPRETED = {  # the problem, and how the kernel is laid out
 def test_interpreted_it_chooses_as_xla_does_without_races(name, monkeypatch):
   (problem, rules), layout = INTERPRETED[name]
   if layout:
-    monkeypatch.setattr(mosaic_gpu, "config", lambda *_: mosaic_gpu.Config(**layout))
+    monkeypatch.setattr(mosaic_gpu, "config", lambda *_: mosaic_gpu_tile.Config(**layout))
   interpret = plgpu.InterpretGPUParams(detect_races=True)
   try:
     lists = select(functools.partial(mosaic_gpu.choose, interpret=interpret), problem, rules)
