@@ -35,8 +35,8 @@ ROWS_OF_BOUNDS = 4
 _FIRST, _END = 0, 1
 _MASKED = -1e30
 _LOWEST = -1e20
-# Products of the second time that are under way together.
-_TOGETHER = 4
+# Products of the second time that are under way together: what registers have room for.
+_TOGETHER = {64: 4, 128: 2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -371,7 +371,7 @@ class Tile:
     """Adds probabilities of a round's heads to the scores of windows."""
     smem, num_pairs = self.smem, self.sizes.pairs_of_round(n)
     first_lse = n * self.sizes.config.pairs
-    size = min(_TOGETHER, num_pairs)
+    size = min(_TOGETHER[self.sizes.head_dim], num_pairs)
     num_whole = num_pairs // size
 
     def step(keys_ref, window, _):
