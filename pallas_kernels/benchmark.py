@@ -3,10 +3,10 @@
   python -m pallas_kernels.benchmark
   python -m pallas_kernels.benchmark ssa_8k nosa_16k --lists=clustered,independent
 
-Prints and saves, for every pass: milliseconds, useful TFLOP/s (those of the listed keys),
-the share of the roofline (useful operations at the tensor cores' peak, or the bytes of
-inputs and outputs at the memory's), and the time over that of cuDNN's dense causal attention
-on the same queries, keys and values in the same run.
+Prints and saves, in a file for each shape and for every pass: milliseconds, useful TFLOP/s
+(those of the listed keys), the share of the roofline (useful operations at the tensor cores'
+peak, or the bytes of inputs and outputs at the memory's), and the time over that of cuDNN's
+dense causal attention on the same queries, keys and values in the same run.
 """
 
 import argparse
@@ -314,6 +314,21 @@ def environment() -> dict:
   )
 
 
+def save(directory: pathlib.Path, name: str, rows: list[Row]) -> pathlib.Path:
+  """Writes the rows of a shape, with what they depend on, in a file of their own."""
+  directory.mkdir(parents=True, exist_ok=True)
+  # "NVIDIA H100 80GB HBM3" -> "h100"
+  device = jax.devices()[0].device_kind.split()[:2][-1].lower()
+  path = directory / f"{device}_{name}.json"
+  content = dict(
+    environment=environment(),
+    shape=dataclasses.asdict(SHAPES[name]),
+    rows=[dataclasses.asdict(r) for r in rows],
+  )
+  path.write_text(json.dumps(content, indent=1) + "\n")
+  return path
+
+
 def _bandwidth() -> float:
   kind = jax.devices()[0].device_kind
   return next((rate for name, rate in BANDWIDTH.items() if name in kind), 3.35e12)
@@ -337,27 +352,18 @@ def main(arguments: list[str] | None = None) -> int:
   if why_not is not None:
     sys.stderr.write(f"error: the benchmark {why_not}\n")
     return 2
-  rows = []
   for name in options.shapes:
+    rows = []
     for kind in options.lists.split(","):
       errors = check(SHAPES[name], kind)
       worst = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
       sys.stdout.write(f"\n{name}, {kind} lists; errors: {worst}\n")
       new = run(name, SHAPES[name], kind)
       sys.stdout.write(table(new) + "\n")
-      sys.stdout.flush()
       rows += new
-  out = pathlib.Path(options.out)
-  out.mkdir(parents=True, exist_ok=True)
-  device = jax.devices()[0].device_kind.split()[1].lower()
-  path = out / f"{device}.json"
-  content = dict(
-    environment=environment(),
-    shapes={name: dataclasses.asdict(SHAPES[name]) for name in options.shapes},
-    rows=[dataclasses.asdict(r) for r in rows],
-  )
-  path.write_text(json.dumps(content, indent=1) + "\n")
-  sys.stdout.write(f"saved in {path}\n")
+    path = save(pathlib.Path(options.out), name, rows)
+    sys.stdout.write(f"saved in {path}\n")
+    sys.stdout.flush()
   return 0
 
 

@@ -1,6 +1,8 @@
 """The benchmark's lists and counts; what it times needs a GPU."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +92,16 @@ def test_layers_are_built_as_on_a_gpu(monkeypatch):
   layer = functools.partial(benchmark_layer.layer, attend=attend, block_size=16, num_blocks=4)
   shapes = [x.shape for x in jax.eval_shape(layer, q, k, k, q)]
   assert shapes == [q.shape, k.shape, k.shape]
+
+
+def test_a_shape_is_saved_in_a_file_of_its_own(tmp_path):
+  row = benchmark.Row("ssa_8k", "clustered", "forward", 0.2, ratio=0.15)
+  path = benchmark.save(tmp_path / "new", "ssa_8k", [row])
+  assert path.name.endswith("_ssa_8k.json")
+  content = json.loads(path.read_text())
+  assert content["shape"]["length"] == 8192
+  assert content["rows"] == [dataclasses.asdict(row)]
+  assert {"device", "commit", "command", "versions"} <= content["environment"].keys()
 
 
 @pytest.mark.gpu
