@@ -178,6 +178,16 @@ def test_initial_weights_have_the_configured_spread():
       assert abs(float(leaf.std()) - 0.02) < 2e-3, path
 
 
+def test_parameters_are_made_whatever_attention_runs_on():
+  """Even where no kernel can run: that is for whoever runs the model to hear."""
+  strict = small.make_model(attention__kernels="strict")
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    small.make_params(strict),
+    small.make_params(small.make_model()),
+  )
+
+
 def test_weights_are_divided_as_the_rules_say():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   params = parameters.abstract(small.make_model(), mesh)

@@ -40,6 +40,36 @@ def test_a_cpu_takes_xla_and_says_why():
   )
 
 
+@pytest.mark.parametrize(
+  ("changes", "selection", "sparse"),
+  [
+    ({}, "mosaic_gpu (the first choice)", "mosaic_gpu (the first choice)"),
+    (
+      dict(dtype="float32"),
+      "xla (mosaic_gpu takes bfloat16, not float32 and float32)",
+      f"xla (mosaic_gpu takes bfloat16, not float32; {TRITON})",
+    ),
+    (
+      dict(head_dim=32),
+      "xla (mosaic_gpu takes head sizes (64, 128), not 32)",
+      f"xla (mosaic_gpu takes head sizes (64, 128), not 32; {TRITON})",
+    ),
+  ],
+)
+def test_a_hopper_takes_its_kernels_and_says_why_where_it_does_not(
+  changes, selection, sparse, monkeypatch
+):
+  monkeypatch.setattr("pallas_kernels.devices.why_not_hopper", lambda: None)
+  options = small.make_model(attention__method="ssa", attention__block_size=16).options
+  _, *said, dual = map(str, backends.choose(options, **SHAPE | changes))
+  assert said == [f"block_selection: {selection}", f"block_sparse_attention: {sparse}"]
+  backend = sparse.partition(" (")[0]
+  assert dual == (
+    "dual_path_attention: separate (full_attention by xla, block_sparse_attention by "
+    f"{backend})"
+  )
+
+
 def test_a_name_is_taken():
   named = choose(method="ssa", full_implementation="xla", sparse_implementation="reference")
   assert [str(choice) for choice in named] == [

@@ -75,6 +75,10 @@ def calls_of_kernels(traced):
   return calls
 
 
+def count_kernels(traced):
+  return [str(traced.jaxpr).count(name) for name in ("mpmd_map[", "dot_product_attention")]
+
+
 @pytest.mark.skipif(
   jax.devices()[0].platform == "gpu", reason="pretends to have eight GPUs that it has not"
 )
@@ -95,9 +99,8 @@ def test_gpus_run_kernels_on_their_own_rows_and_heads(hopper, stream, sizes, ker
   own_rows = ROWS // (data * fsdp)
   own = {(own_rows, H // tensor), (own_rows, K // tensor)}
   assert {shape for _, shapes in calls for shape in shapes} == own
-  auto = trace(mesh, stream, "auto")
-  for call in ("mpmd_map[", "dot_product_attention"):
-    assert str(auto.jaxpr).count(call) == str(strict.jaxpr).count(call)
+  # Lowering takes long; that `auto` traces as many kernels is enough.
+  assert count_kernels(trace(mesh, stream, "auto")) == count_kernels(strict)
 
 
 @pytest.mark.parametrize("stream", method.STREAMS)
