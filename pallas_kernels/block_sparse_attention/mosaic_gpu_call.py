@@ -30,17 +30,17 @@ def query_config(head_dim: int, num_operands: int) -> mosaic_gpu_walk.Config:
     num_operands: arrays of queries' rows in shared memory, which take room from the ring.
   """
   if head_dim == 64:
-    stages = {1: 12, 2: 10}[num_operands]
+    stages = 8
     return mosaic_gpu_walk.Config(warpgroups=3, stages=stages, registers=160)
-  stages = {1: 5, 2: 4}[num_operands]
+  stages = 4
   return mosaic_gpu_walk.Config(warpgroups=2, stages=stages, registers=208)
 
 
 def key_config(head_dim: int) -> mosaic_gpu_dkv.Config:
   """How the kernel over key tiles is laid out."""
   if head_dim == 64:
-    return mosaic_gpu_dkv.Config(warpgroups=3, stages=13, units_per_stage=4, registers=160)
-  return mosaic_gpu_dkv.Config(warpgroups=2, stages=6, units_per_stage=4, registers=208)
+    return mosaic_gpu_dkv.Config(warpgroups=3, stages=8, units_per_stage=4, registers=160)
+  return mosaic_gpu_dkv.Config(warpgroups=2, stages=4, units_per_stage=4, registers=208)
 
 
 class Call:
