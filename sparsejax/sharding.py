@@ -108,7 +108,8 @@ def per_device(function: Callable, in_axes: tuple[Axes | None, ...], out_axes) -
   """`function` run by each device on its own part of the arguments.
 
   For operations that need no communication but that the partitioner cannot see through:
-  custom calls, gathers with data-dependent indices.
+  gathers with data-dependent indices, and GPU kernels, whose arguments it would gather whole
+  on every device.
 
   Args:
     function: of arrays whose divided axes it treats elementwise.

@@ -21,7 +21,7 @@ type AttentionImplementation = Literal[
   "auto", "strict", "mosaic_gpu", "triton", "xla", "reference"
 ]
 
-# What `auto` tries, in this order. Triton goes in once `pytest -m gpu` has passed it whole.
+# What `auto` tries, in this order. Not Triton: few tests of its kernels have run on a GPU.
 AUTOMATIC = ("mosaic_gpu", "xla")
 
 
