@@ -22,7 +22,7 @@ class Subject:
     step: steps it was trained for.
     config: its own, with this evaluation's changes.
     transformer: the model.
-    backends: what its operations of attention run on.
+    backends: what its operations of attention run on, at every budget.
     params: on the mesh.
     corpus: the data, by default that of training.
     mesh: all devices side by side.
@@ -46,6 +46,7 @@ def load(
   sources: Sequence[str] = (),
   sequence_length: int | None = None,
   kernels: str | None = None,
+  budgets: Sequence[int] = (),
 ) -> Subject:
   """Restores a checkpoint from its own config.
 
@@ -57,6 +58,7 @@ def load(
     sequence_length: tokens per row; None is that of training.
     kernels: `auto` or `strict` in place of the config's `attention.kernels` and of any
       implementation that it names; None is as trained.
+    budgets: that will be asked about; () is that of training.
 
   Raises:
     ConfigError: an operation cannot run on what is asked for.
@@ -89,7 +91,7 @@ def load(
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   transformer = build.make_model(config, max_documents=corpus.max_documents)
   try:
-    backends = build.choose_backends(config, transformer)
+    backends = _choose_backends(config, transformer, budgets)
   except errors.ConfigError as error:
     raise errors.ConfigError(
       f"{error}\nFor a checkpoint, --kernels=auto does so for this evaluation."
@@ -104,3 +106,10 @@ def load(
     corpus=corpus,
     mesh=mesh,
   )
+
+
+def _choose_backends(config, transformer, budgets) -> list[pallas_kernels.Choice]:
+  """Each choice once: a kernel may have room for the lists of some budgets alone."""
+  models = [build.with_budget(transformer, budget) for budget in budgets] or [transformer]
+  choices = [choice for model in models for choice in build.choose_backends(config, model)]
+  return list(dict.fromkeys(choices))

@@ -50,7 +50,8 @@ class Request:
 def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pathlib.Path]:
   """Answers a request; returns what to print, and the directory of the files.
 
-  That is what the model ran on, a line for each operation, and the tables as markdown.
+  That is what the model ran on, a line for each operation and each choice that budgets make
+  for it, and the tables as markdown.
   Each task leaves `TASK.json` (with config, commit, versions and device) and `TASK.md`.
 
   Args:
@@ -76,6 +77,7 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
     sources=request.sources,
     sequence_length=request.sequence_length,
     kernels=request.kernels,
+    budgets=request.budgets,
   )
   out = pathlib.Path(request.out or subject.path.parent.parent / "eval" / str(subject.step))
   tables = []
@@ -123,13 +125,16 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 def _write(task: str, cells, subject: subjects.Subject, out: pathlib.Path) -> str:
   table = markdown(cells)
+  backends = {choice.op: {} for choice in subject.backends}
+  for choice in subject.backends:
+    backends[choice.op][choice.backend] = None
   content = dict(
     task=task,
     run=subject.path.parent.parent.name,
     step=subject.step,
     method=subject.config.attention.method,
     environment=record.environment(),
-    backends={choice.op: choice.backend for choice in subject.backends},
+    backends={op: ", ".join(names) for op, names in backends.items()},
     config_hash=record.digest(subject.config),
     config=record.as_json(subject.config),
     cells=[dataclasses.asdict(cell) for cell in cells],

@@ -1,6 +1,7 @@
 """From a checkpoint to a table: what is loaded, what is refused, what is written."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base
+import pallas_kernels
 from sparsejax import checkpoint, errors, sharding
 from sparsejax.configuration import build, overrides, record
 from sparsejax.evaluation import perplexity, table
@@ -205,6 +207,27 @@ def test_the_answer_is_written_with_all_that_it_depends_on(saved, asked):
     dual_path_attention="separate",
   )
   assert [perplexity.Cell(**cell) for cell in content["cells"]][:2] == CELLS[:2]
+
+
+def test_what_runs_is_said_of_every_budget(saved, asked, monkeypatch):
+  def choose(config, transformer):
+    num_blocks = transformer.options.num_blocks
+    return [
+      pallas_kernels.Choice("selection", "xla" if num_blocks > 2 else "fast", "why"),
+      pallas_kernels.Choice("attention", "fast", "why"),
+    ]
+
+  monkeypatch.setattr(subjects.build, "choose_backends", choose)
+  run = functools.partial(table.run, template=base.get_config())
+  text, out = run(table.Request(path=saved[0], budgets=(8, 16, 32)))
+  assert text.startswith(
+    "backend of selection: fast (why)\nbackend of attention: fast (why)\n"
+    "backend of selection: xla (why)\n|"
+  )
+  content = json.loads((out / "perplexity.json").read_text())
+  assert content["backends"] == dict(selection="fast, xla", attention="fast")
+  # That of training: three blocks.
+  assert run(table.Request(path=saved[0]))[0].startswith("backend of selection: xla (why)\nba")
 
 
 def test_the_answer_can_go_elsewhere(saved, asked, tmp_path):
