@@ -7,6 +7,7 @@ round before it. A reader counts the stages it has waited for (`ready`) and give
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
@@ -14,24 +15,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic_barrier
+
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
   """The ring as one stretch of work sees it.
 
   Attributes:
-    filled: barriers, one for each stage, that copies into it complete.
-    free: barriers, one for each stage, on which every reader arrives.
+    filled: a barrier for each stage, that copies into it complete.
+    free: what readers say that they have left. Where `filled` is our own: counters, one for
+      each warp, of stages since the kernel began. Else barriers of Pallas, one for each
+      stage, on which every reader arrives.
     num_stages: how many there are.
     before: stages of all earlier stretches.
-    interpreted: whether the kernel runs in the interpreter.
+    reader: number of the reading warp; of no meaning to who fills.
   """
 
-  filled: jax.Ref
-  free: jax.Ref
+  filled: mosaic_barrier.Barriers
+  free: Any
   num_stages: int
   before: jax.Array
-  interpreted: bool
+  reader: jax.Array
 
   def index(self, stage) -> jax.Array:
     """Where in the ring a stage lies."""
@@ -41,7 +46,7 @@ class Ring:
     """Waits for all stages below `until`; returns the new `ready`."""
 
     def step(stage):
-      plgpu.barrier_wait(self.filled.at[self.index(stage)])
+      self._wait_for(stage)
       return stage + 1
 
     return lax.while_loop(lambda stage: stage < until, step, ready)
@@ -49,48 +54,78 @@ class Ring:
   def leave(self, ready, left, until) -> tuple[jax.Array, jax.Array]:
     """Gives back all stages below `until`; returns the new `ready` and `left`.
 
-    Stage by stage: who waited for later stages while holding earlier ones could wait for
-    ever.
+    Stage by stage, where it has not waited for them: who waited for later stages while
+    holding earlier ones could wait for ever. And it does wait: how often a stage has been
+    filled, a barrier tells only to who has seen every time.
     """
+    if self.filled.own:
+
+      def skip(ready):
+        self._wait_for(ready)
+        mosaic_barrier.set_counter(self.free, self.reader, self.before + ready + 1)
+        return ready + 1
+
+      @pl.when(jnp.minimum(ready, until) > left)
+      def _leave():
+        counter = self.before + jnp.minimum(ready, until)
+        mosaic_barrier.set_counter(self.free, self.reader, counter)
+
+      ready = lax.while_loop(lambda ready: ready < until, skip, ready)
+      return ready, jnp.maximum(left, until)
 
     def step(state):
       ready, left = state
 
       @pl.when(left >= ready)
       def _skip():
-        plgpu.barrier_wait(self.filled.at[self.index(left)])
+        self._wait_for(left)
 
-      if self.interpreted:
-        # There, reads of shared memory are ordered before copies into it by this alone.
-        plgpu.commit_smem()
+      # In the interpreter, reads of shared memory are ordered before copies into it by this
+      # alone.
+      plgpu.commit_smem()
       plgpu.barrier_arrive(self.free.at[self.index(left)])
       return jnp.maximum(ready, left + 1), left + 1
 
     return lax.while_loop(lambda state: state[1] < until, step, (ready, left))
 
-  def fill(self, stage, copy: Callable[[jax.Array, jax.Ref], None]) -> None:
+  def fill(self, stage, copy: Callable[[jax.Array, Callable], None]) -> None:
     """Waits until a stage is free and starts the copies into it.
 
     Args:
       stage: its number.
-      copy: called with its place in the ring and the barrier for the copies.
+      copy: called with its place in the ring and `start(source, index, target)`, which
+        starts a copy of `source[index]`.
     """
     place = self.index(stage)
 
     @pl.when(self.before + stage >= self.num_stages)
     def _wait():
-      plgpu.barrier_wait(self.free.at[place])
+      if self.filled.own:
+        first_needed = self.before + stage - self.num_stages + 1
+        mosaic_barrier.wait_for_counters(self.free, first_needed)
+      else:
+        plgpu.barrier_wait(self.free.at[place])
 
-    copy(place, self.filled.at[place])
+    def start(source, index, target):
+      self.filled.copy(place, source, index, target)
 
+    copy(place, start)
 
-def drain(free, num_stages: int, total) -> None:
-  """Observes that readers have left the last stages, after `total` of them."""
+  def drain(self) -> None:
+    """Ends the work of who fills, after all stretches: `before` counts every stage."""
+    if self.filled.own:
+      return  # readers have waited for every stage
 
-  def step(stage, _):
-    plgpu.barrier_wait(free.at[wrap(stage, num_stages)])
+    def step(stage, _):
+      plgpu.barrier_wait(self.free.at[wrap(stage, self.num_stages)])
 
-  lax.fori_loop(jnp.maximum(total - num_stages, 0), total, step, None)
+    first = jnp.maximum(self.before - self.num_stages, 0)
+    lax.fori_loop(first, self.before, step, None)
+
+  def _wait_for(self, stage) -> None:
+    number = self.before + stage
+    times_round = lax.div(number.astype(jnp.uint32), jnp.uint32(self.num_stages))
+    self.filled.wait(wrap(number, self.num_stages), times_round.astype(jnp.int32) & 1)
 
 
 def wrap(number, size: int) -> jax.Array:

@@ -19,6 +19,8 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import STEP, UNIT, S
 from pallas_kernels.mosaic_warp import PIECE
 
 INTERPRETED_WORKERS = 2
+# Whether kernels use barriers of `mosaic_barrier`: not before they have run on a GPU.
+OWN_BARRIERS = False
 _LOG2E = 1.4426950408889634
 
 
@@ -70,6 +72,7 @@ class Call:
       block_size=kernel_block,
       has_bias=problem.key_bias_BSK is not None,
       interpreted=interpret is not None,
+      own_barriers=OWN_BARRIERS and interpret is None,
       num_workers=devices.num_multiprocessors() if interpret is None else INTERPRETED_WORKERS,
     )
     self._shape = shape

@@ -132,13 +132,8 @@ def dkv(
       """What this worker does of a tile."""
       window = jnp.maximum(gmem["first_window"][tile], first)
       end = jnp.minimum(gmem["first_window"][tile + 1], last)
-      ring = mosaic_ring.Ring(
-        smem["filled"],
-        smem["free"],
-        config.stages,
-        (window - first) * per_window,
-        shape.interpreted,
-      )
+      before = (window - first) * per_window
+      ring = walk.ring_of(smem, config.stages, shape, thread, before)
       return Share(shape, config, gmem, smem, ring, tile, tiles_per_row, window, end)
 
     def for_all_shares(function):
@@ -167,10 +162,13 @@ def dkv(
 
     def fetch():
       for_all_shares(lambda share: share.stream())
-      mosaic_ring.drain(smem["free"], config.stages, (last - first) * per_window)
+      in_all = (last - first) * per_window
+      walk.ring_of(smem, config.stages, shape, thread, in_all).drain()
 
+    walk.set_up(smem, shape, thread, {"filled": num_filled})
     walk.run_threads(thread, num_threads, config.registers, compute, fetch)
 
+  num_filled = 3 * config.units_per_stage
   num_sums = num_tiles + shape.num_workers
   whole = jax.ShapeDtypeStruct((num_sums, tile_keys, d), jnp.float32)
   out_type = [whole, whole]
@@ -180,8 +178,7 @@ def dkv(
     q=walk.tiled((slots * UNIT, d)),
     dout=walk.tiled((slots * UNIT, d)),
     numbers=plgpu.SMEM((slots, 4 * UNIT), jnp.float32),
-    filled=plgpu.Barrier(num_arrivals=3 * config.units_per_stage, num_barriers=config.stages),
-    free=plgpu.Barrier(num_arrivals=num_threads, num_barriers=config.stages),
+    **walk.ring_scratch(config.stages, num_filled, shape, num_threads),
   )
   if shape.has_bias:
     smem["bias"] = plgpu.SMEM((num_threads, rows), jnp.float32)
@@ -338,23 +335,23 @@ class Share:
     b, head = shape.batch_and_head(self.row)
     per_window = key_tiles.WINDOW // stage_units
 
-    def copy_unit(slot, unit, barrier):
+    def copy_unit(slot, unit, start):
       v, h = shape.place_of_unit(head, unit)
       lines = pl.ds(slot * UNIT, UNIT)
       for name in ("q", "dout"):
-        source = gmem[name].at[b, v, pl.ds(h, UNIT)]
-        plgpu.copy_gmem_to_smem(source, smem[name].at[lines], barrier)
-      source = gmem["numbers"].at[self.row, unit]
-      plgpu.copy_gmem_to_smem(source, smem["numbers"].at[slot], barrier)
+        index = b, v, pl.ds(h, UNIT), pl.ds(0, shape.head_dim)
+        start(gmem[name], index, smem[name].at[lines])
+      index = self.row, unit, pl.ds(0, 4 * UNIT)
+      start(gmem["numbers"], index, smem["numbers"].at[slot])
 
     def stream_window(window, handle):
       ahead = warps.fetch(gmem["units"], (window + 1) * key_tiles.WINDOW)
 
       def stream_stage(n, _):
-        def copy(place, barrier):
+        def copy(place, start):
           for i in range(stage_units):
             unit = warps.fetched(gmem["units"], handle, n * stage_units + i)
-            copy_unit(place * stage_units + i, unit, barrier)
+            copy_unit(place * stage_units + i, unit, start)
 
         self.ring.fill((window - self.window) * per_window + n, copy)
 

@@ -41,8 +41,8 @@ def dq(
     smem = {name: ref.at[tile.thread] for name, ref in scratch.items()}
     yield from tile.unit_slices(q_gmem, smem["q"])
     yield from tile.unit_slices(dout_gmem, smem["dout"])
-    yield lse_gmem.at[tile.row, tile.lines], smem["lse"]
-    yield delta_gmem.at[tile.row, tile.lines], smem["delta"]
+    yield lse_gmem, (tile.row, tile.lines), smem["lse"]
+    yield delta_gmem, (tile.row, tile.lines), smem["delta"]
 
   def load(tile, scratch):
     smem = {name: ref.at[tile.thread] for name, ref in scratch.items()}

@@ -30,6 +30,7 @@ class Shape:
     tokens_per_unit: if several, they may list different blocks.
     has_bias: whether keys have biases.
     interpreted: whether the kernels run in the interpreter.
+    own_barriers: whether to use those of `mosaic_barrier`; the interpreter cannot.
     num_workers: streaming multiprocessors of the device.
   """
 
@@ -43,6 +44,7 @@ class Shape:
   block_size: int
   has_bias: bool
   interpreted: bool
+  own_barriers: bool
   num_workers: int
 
   @property

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_inline, mosaic_ring
+from pallas_kernels import mosaic_barrier, mosaic_inline, mosaic_ring
 from pallas_kernels.block_lists import query_tiles
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import UNIT, Shape
 
@@ -88,8 +88,8 @@ def call(
     out_type: of what it returns.
     scratch: shared memory by name, an entry for each thread, for what a tile needs.
     num_copies: how many copies `copies` gives.
-    copies: `copies(tile, own_refs, scratch_refs)` gives pairs of source and target, to be
-      copied before a thread begins a tile.
+    copies: `copies(tile, own_refs, scratch_refs)` gives sources, indices into them and
+      targets, to be copied before a thread begins a tile.
     load: `load(tile, scratch_refs)` takes into registers all that was copied, so that the
       copies for the next tile can begin; the first thing that a thread does.
     attend: `attend(tile, loaded, out_refs)` is the rest of its work on a tile.
@@ -116,23 +116,23 @@ def call(
       number = total - 1 - (worker + i * shape.num_workers)
       row, x = lax.rem(number, num_rows), lax.div(number, num_rows)
       count = gmem.count_RX[row, x]
-      ring = mosaic_ring.Ring(
-        walk["filled"], walk["free"], config.stages, before, shape.interpreted
-      )
       num_stages = lax.div(count + shape.group - 1, jnp.int32(shape.group))
+      ring = ring_of(walk, config.stages, shape, thread, before)
       return Tile(shape, config, gmem, walk, ring, row, x, num_stages, thread, i & 1)
 
     def compute():
+      ready = mosaic_barrier.Barriers(walk["ready"], shape.own_barriers)
+
       def begin_copies(i):
         @pl.when(i < num_own)
         def _begin():
           tile = tile_of(i, jnp.int32(0))
-          for source, target in (*tile.copies(), *copies(tile, own_refs, own_scratch)):
-            plgpu.copy_gmem_to_smem(source, target, walk["ready"].at[thread])
+          for copy in (*tile.copies(), *copies(tile, own_refs, own_scratch)):
+            ready.copy(thread, *copy)
 
       def work(i, before):
         tile = tile_of(i, before)
-        plgpu.barrier_wait(walk["ready"].at[thread])
+        ready.wait(thread, tile.turn)
         loaded = load(tile, own_scratch)
         # All warps have read what the copies for the next tile write over.
         plgpu.commit_smem()
@@ -150,9 +150,13 @@ def call(
         return before + tile.num_stages
 
       in_all = lax.fori_loop(0, num_own, stream, jnp.int32(0))
-      mosaic_ring.drain(walk["free"], config.stages, in_all)
+      ring_of(walk, config.stages, shape, thread, in_all).drain()
 
+    set_up(walk, shape, thread, {"ready": num_ready, "filled": num_filled})
     run_threads(thread, num_threads, config.registers, compute, fetch)
+
+  num_ready = 3 + shape.has_tokens + num_copies
+  num_filled = (2 + shape.has_bias) * shape.group
 
   walk = dict(
     k=tiled((slots * shape.block_size, shape.head_dim)),
@@ -161,13 +165,8 @@ def call(
     entries=plgpu.SMEM((2, num_threads, warps.per_thread, width), jnp.int32),
     first=plgpu.SMEM((2, num_threads, warps.rows), jnp.int32),
     position=plgpu.SMEM((2, num_threads, warps.rows), jnp.int32),
-    ready=plgpu.Barrier(
-      num_arrivals=3 + shape.has_tokens + num_copies, num_barriers=num_threads
-    ),
-    filled=plgpu.Barrier(
-      num_arrivals=(2 + shape.has_bias) * shape.group, num_barriers=config.stages
-    ),
-    free=plgpu.Barrier(num_arrivals=num_threads, num_barriers=config.stages),
+    ready=mosaic_barrier.scratch(num_threads, num_ready, shape.own_barriers),
+    **ring_scratch(config.stages, num_filled, shape, num_threads),
   )
   if shape.has_tokens:
     walk["tokens"] = walk["entries"]
@@ -227,11 +226,12 @@ class Tile:
     return pl.ds(self.first_unit * UNIT, self.shape.warps.rows)
 
   def unit_slices(self, array_BVXD, smem):
-    """Pairs of a unit's part of a packed array and its rows of `smem` [rows, D]."""
+    """A packed array, the index of a unit's part and its rows of `smem` [rows, D]."""
     b, head = self.shape.batch_and_head(self.row)
     for n in range(self.shape.warps.per_thread):
       v, h = self.shape.place_of_unit(head, self.first_unit + n)
-      yield array_BVXD.at[b, v, pl.ds(h, UNIT)], smem.at[pl.ds(n * UNIT, UNIT)]
+      index = b, v, pl.ds(h, UNIT), pl.ds(0, self.shape.head_dim)
+      yield array_BVXD, index, smem.at[pl.ds(n * UNIT, UNIT)]
 
   def store(self, array_BVXD, x) -> None:
     """Writes the thread's rows of a packed array, bfloat16 [rows, D]."""
@@ -246,13 +246,14 @@ class Tile:
   def copies(self):
     """What the walk needs of the thread's units."""
     b, _ = self.shape.batch_and_head(self.row)
-    own = pl.ds(self.first_unit, self.shape.warps.per_thread)
-    gmem = self.gmem
-    yield gmem.entries_RUE.at[self.row, own], self.own("entries")
-    yield gmem.first_BL.at[b, self.lines], self.own("first")
-    yield gmem.position_BL.at[b, self.lines], self.own("position")
+    gmem, width = self.gmem, self.gmem.entries_RUE.shape[-1]
+    units = pl.ds(self.first_unit, self.shape.warps.per_thread)
+    own = self.row, units, pl.ds(0, width)
+    yield gmem.entries_RUE, own, self.own("entries")
+    yield gmem.first_BL, (b, self.lines), self.own("first")
+    yield gmem.position_BL, (b, self.lines), self.own("position")
     if self.shape.has_tokens:
-      yield gmem.tokens_RUE.at[self.row, own], self.own("tokens")
+      yield gmem.tokens_RUE, own, self.own("tokens")
 
   def walk(self, step: Callable[["Group", Any], Any], start: Any) -> Any:
     """Carries `start` through `step(group, carry)` for all groups of each warp's list."""
@@ -309,14 +310,15 @@ class Tile:
     union = gmem.union_RXC.at[self.row, self.x]
     per_chunk = chunk // shape.group
 
-    def copy_block(slot, block, barrier):
+    def copy_block(slot, block, start):
       keys = pl.ds(block * shape.block_size, shape.block_size)
       lines = pl.ds(slot * shape.block_size, shape.block_size)
-      plgpu.copy_gmem_to_smem(gmem.k_BSKD.at[b, keys, head], smem["k"].at[lines], barrier)
-      plgpu.copy_gmem_to_smem(gmem.v_BSKD.at[b, keys, head], smem["v"].at[lines], barrier)
+      index = b, keys, head, pl.ds(0, shape.head_dim)
+      start(gmem.k_BSKD, index, smem["k"].at[lines])
+      start(gmem.v_BSKD, index, smem["v"].at[lines])
       if shape.has_bias:
         target = smem["bias"].at[slot, pl.ds(0, shape.block_size)]
-        plgpu.copy_gmem_to_smem(gmem.bias_BKS.at[b, head, keys], target, barrier)
+        start(gmem.bias_BKS, (b, head, keys), target)
 
     def stream_chunk(c, handle):
       # The numbers of the next chunk are on their way while this one is copied.
@@ -324,10 +326,10 @@ class Tile:
       ahead = warps.fetch(union, jnp.minimum((c + 1) * chunk, last_chunk))
 
       def stream_stage(n, _):
-        def copy(place, barrier):
+        def copy(place, start):
           for j in range(shape.group):
             block = warps.fetched(union, handle, n * shape.group + j)
-            copy_block(place * shape.group + j, block, barrier)
+            copy_block(place * shape.group + j, block, start)
 
         self.ring.fill(c * per_chunk + n, copy)
 
@@ -425,6 +427,37 @@ def token_of_row(shape: Shape, axis: int = 0):
   """[rows, 16]: which of its unit's tokens each row (or column) belongs to."""
   rows_per_token = UNIT // shape.tokens_per_unit
   return lax.div(shape.warps.iota(axis) & (UNIT - 1), jnp.int32(rows_per_token))
+
+
+def ring_scratch(num_stages: int, num_filled: int, shape: Shape, num_threads: int) -> dict:
+  """What a ring needs of shared memory, for stages of `num_filled` copies."""
+  if shape.own_barriers:
+    free = plgpu.SMEM((num_threads * shape.warps.per_thread,), jnp.int32)
+  else:
+    free = plgpu.Barrier(num_arrivals=num_threads, num_barriers=num_stages)
+  filled = mosaic_barrier.scratch(num_stages, num_filled, shape.own_barriers)
+  return dict(filled=filled, free=free, set_up=plgpu.Barrier(num_arrivals=num_threads + 1))
+
+
+def ring_of(smem: dict, num_stages: int, shape: Shape, thread, before) -> mosaic_ring.Ring:
+  """The ring of `ring_scratch` as a stretch of a thread's work sees it."""
+  filled = mosaic_barrier.Barriers(smem["filled"], shape.own_barriers, by_warp=True)
+  reader = thread * shape.warps.per_thread + shape.warps.index()
+  return mosaic_ring.Ring(filled, smem["free"], num_stages, before, reader)
+
+
+def set_up(smem: dict, shape: Shape, thread, num_copies: dict[str, int]) -> None:
+  """Sets up our own barriers, by name, of so many copies, and the ring's counters."""
+  if not shape.own_barriers:
+    return
+
+  @pl.when(thread == 0)
+  def _initialize():
+    barriers = [(smem[name], num) for name, num in num_copies.items()]
+    mosaic_barrier.initialize(barriers, [smem["free"]])
+
+  plgpu.barrier_arrive(smem["set_up"])
+  plgpu.barrier_wait(smem["set_up"])
 
 
 def run_threads(thread, num_threads, registers, compute, fetch) -> None:
