@@ -27,8 +27,9 @@ train: .venv/ready-$(EXTRA)
 	$(RUN) train.py --config=configs/smoke.py --workdir=$(WORKDIR)
 	$(RUN) eval.py --workdir=$(WORKDIR) --budgets=32,64,128 --max_rows=512
 
+# Files start in the order of tests/conftest.py, not those of most tests first.
 test: .venv/ready-$(EXTRA)-dev
-	$(RUN) -m pytest -n $(JOBS) --dist=loadfile
+	$(RUN) -m pytest -n $(JOBS) --dist=loadfile --no-loadscope-reorder
 
 lint: .venv/ready-$(EXTRA)-dev
 	$(RUN) -m ruff check .

@@ -1,6 +1,7 @@
 """Strictness for every test: eight devices, no silent broadcasting, checked array types."""
 
 import os
+import pathlib
 import tempfile
 
 # Compiling is most of what the tests do; programs this small gain nothing from optimisation.
@@ -30,8 +31,28 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 # Shapes written in the signatures of the kernels are checked at every call.
 jaxtyping.install_import_hook("pallas_kernels", "beartype.beartype")
 
+# Files that take longest, which start first: else the last of them keeps one worker busy while
+# the others have nothing left. Nothing but time depends on this list.
+LONGEST = (
+  "end_to_end/test_runs.py",
+  "pallas_kernels/test_block_sparse_attention.py",
+  "pallas_kernels/test_mosaic_gpu.py",
+  "sparsejax/training/test_step.py",
+  "sparsejax/attention/test_methods.py",
+  "pallas_kernels/test_selection_mosaic_gpu.py",
+  "sparsejax/test_model.py",
+  "pallas_kernels/test_block_selection.py",
+  "end_to_end/test_requests.py",
+  "sparsejax/attention/test_over_a_mesh.py",
+  "test_examples.py",
+  "sparsejax/data/test_corpus.py",
+)
+
 
 def pytest_collection_modifyitems(items):
+  here = pathlib.Path(__file__).parent
+  rank = {here / name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: rank.get(item.path, len(LONGEST)))
   marked = [item for item in items if item.get_closest_marker("gpu")]
   if marked and jax.devices()[0].platform != "gpu":
     for item in marked:
