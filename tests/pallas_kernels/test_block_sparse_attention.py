@@ -48,6 +48,11 @@ def way(request, monkeypatch):
   return request.param
 
 
+def jitted(**options):
+  """One program instead of a hundred small ones; a new one, for it goes the way of its test."""
+  return jax.jit(functools.partial(block_sparse_attention, **options))
+
+
 @functools.cache
 def expectations(case, extra, dtype):
   """A problem, what its answer is, and what careless arithmetic makes of it."""
@@ -96,17 +101,10 @@ def test_reference_is_the_definition():
   problem = problems.make(2, 24, 4, 2, 8, 8, 2, documents=True, offset=5, bias=True)
   q, k, v, bias = problem.q, problem.k, problem.v, problem.key_bias
   segments = np.asarray(problem.segments)
-  out, lse = block_sparse_attention(
-    q,
-    k,
-    v,
-    problem.blocks,
-    block_size=8,
-    query_offset=5,
-    segments_BS=problem.segments,
-    key_bias_BSK=bias,
-    implementation="reference",
+  attend = jitted(
+    block_size=8, query_offset=5, segments_BS=problem.segments, implementation="reference"
   )
+  out, lse = attend(q, k, v, problem.blocks, key_bias_BSK=bias)
   q, k, v, bias, blocks = (np.asarray(x, np.float64) for x in (q, k, v, bias, problem.blocks))
   for row, query, head in np.ndindex(2, 24, 4):
     seen = [
@@ -131,7 +129,7 @@ def test_listing_every_block_is_full_attention(way):
   problem = problems.make(2, 64, 4, 2, 16, 16, 1)
   q, k, v = problem.q, problem.k, problem.v
   every_block = jnp.broadcast_to(jnp.arange(4), (2, 64, 2, 4))
-  out, _ = block_sparse_attention(q, k, v, every_block, block_size=16)
+  out, _ = jitted(block_size=16)(q, k, v, every_block)
   expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
   np.testing.assert_allclose(out, expected, atol=1e-5)
 
@@ -140,6 +138,7 @@ def test_listing_every_block_is_full_attention(way):
 def test_queries_in_chunks_are_the_queries_at_once(is_traced, way):
   problem = problems.make(1, 48, 2, 1, 8, 8, 3, documents=True)
   attend = functools.partial(block_sparse_attention, block_size=8, segments_BS=problem.segments)
+  attend = jax.jit(attend, static_argnames=() if is_traced else "query_offset")
   whole, whole_lse = attend(problem.q, problem.k, problem.v, problem.blocks)
   for start in (0, 20, 32):
     part = slice(start, start + 16)
@@ -155,7 +154,7 @@ def test_unlisted_blocks_are_never_read(way):
   problem = problems.make(1, 64, 2, 1, 16, 16, 1)
   q, k, v = problem.q, problem.k, problem.v
   own_block = (jnp.arange(64) // 16)[None, :, None, None]
-  attend = functools.partial(block_sparse_attention, block_size=16)
+  attend = jitted(block_size=16)
   clean, _ = attend(q, k, v, own_block)
   poisoned, _ = attend(q, k.at[:, :16].set(1e9), v.at[:, :16].set(1e9), own_block)
   np.testing.assert_array_equal(clean[:, 16:], poisoned[:, 16:])
@@ -168,7 +167,7 @@ def test_an_empty_list_gives_nothing_and_pushes_on_nothing(way):
   def attend(q, k, v):
     return block_sparse_attention(q, k, v, nothing, block_size=8)
 
-  (out, lse), vjp = jax.vjp(attend, problem.q, problem.k, problem.v)
+  (out, lse), vjp = jax.vjp(jax.jit(attend), problem.q, problem.k, problem.v)
   assert not out.any()
   assert (lse == -jnp.inf).all()
   for gradient in vjp((problem.dout, jnp.zeros_like(lse))):
@@ -177,9 +176,7 @@ def test_an_empty_list_gives_nothing_and_pushes_on_nothing(way):
 
 def test_order_and_repeats_of_a_list_do_not_matter(way):
   problem = problems.make(1, 32, 2, 1, 8, 8, 2)
-  attend = functools.partial(
-    block_sparse_attention, problem.q, problem.k, problem.v, block_size=8
-  )
+  attend = functools.partial(jitted(block_size=8), problem.q, problem.k, problem.v)
   once, _ = attend(jnp.broadcast_to(jnp.array([0, 3, 1]), (1, 32, 1, 3)))
   again, _ = attend(jnp.broadcast_to(jnp.array([1, 3, 3, 0, 1, 99, -1]), (1, 32, 1, 7)))
   np.testing.assert_allclose(once, again, atol=1e-6)
