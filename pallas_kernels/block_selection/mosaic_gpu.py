@@ -20,6 +20,7 @@ from pallas_kernels.block_selection import mosaic_gpu_tile, plan
 from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.mosaic_gpu_tile import (
   HALO,
+  MOST_SHARED,
   ROWS,
   ROWS_OF_BOUNDS,
   TILE,
@@ -34,6 +35,8 @@ _LOG2E = math.log2(math.e)
 _SHARED_MEMORY = 224 * 1024
 
 HEAD_DIMS = (64, 128)
+# Whether to use barriers of `mosaic_barrier`: not before the kernel has run on a GPU with them.
+OWN_BARRIERS = False
 
 
 def config(head_dim: int, num_heads: int, num_slots: int) -> Config:
@@ -47,7 +50,8 @@ def config(head_dim: int, num_heads: int, num_slots: int) -> Config:
   num_pairs = -(-num_heads // 2)
   pairs, stages = min(512 // head_dim, num_pairs), 128 // head_dim
   rest = 2 * head_dim * (pairs * ROWS + WARPGROUPS * stages * WIDE)
-  rest += 4 * ROWS * (2 * WARPGROUPS * pairs + num_pairs + ROWS_OF_BOUNDS + num_slots)
+  norms = 2 * WARPGROUPS * min(pairs, MOST_SHARED)
+  rest += 4 * ROWS * (norms + num_pairs + ROWS_OF_BOUNDS + num_slots)
   room = (_SHARED_MEMORY - rest) // (4 * TILE) - HALO
   return Config(segment=min(room // WIDE, 8) * WIDE, stages=stages, pairs=pairs)
 
@@ -122,6 +126,7 @@ class _Call:
       factor=rules.scale * _LOG2E,
       scores=scores,
       is_interpreted=interpret is not None,
+      own_barriers=OWN_BARRIERS and interpret is None,
     )
 
   @property
@@ -195,22 +200,27 @@ class _Call:
         return mosaic_gpu_tile.Tile(
           self.sizes,
           smem,
-          q_gmem.at[b],
-          keys_gmem.at[b, head],
-          bounds_gmem.at[b, x],
-          ranges_gmem.at[b, x],
+          q_gmem,
+          keys_gmem,
+          bounds_gmem,
+          ranges_gmem,
           [out.at[row, pl.ds(x * TILE, TILE)] for out in out_gmem],
           wg,
-          first_query=x * TILE,
+          batch=b,
           head=head,
+          x=x,
           turn=i & 1,
         )
 
       def begin(i):
         pl.when(i < num_own)(lambda: tile_of(i).begin())
 
+      def work(i, done):
+        return tile_of(i).run(lambda: begin(i + 1), done)
+
+      mosaic_gpu_tile.set_up(self.sizes, smem, wg)
       begin(jnp.int32(0))
-      lax.fori_loop(0, num_own, lambda i, _: tile_of(i).run(lambda: begin(i + 1)), None)
+      lax.fori_loop(0, num_own, work, mosaic_gpu_tile.nothing_done())
 
     return plgpu.kernel(
       body,

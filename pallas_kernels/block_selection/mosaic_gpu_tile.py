@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_fold, mosaic_inline, mosaic_top
+from pallas_kernels import mosaic_barrier, mosaic_fold, mosaic_inline, mosaic_top
 
 TILE = 32
 ROWS = 64
@@ -32,6 +32,8 @@ HALO = 8
 # Windows of a product, the first and the second time through.
 WIDE, NARROW = 64, 32
 ROWS_OF_BOUNDS = 4
+# With so many pairs of heads or fewer, several warpgroups work on the same pair.
+MOST_SHARED = WARPGROUPS - 1
 _FIRST, _END = 0, 1
 _MASKED = -1e30
 _LOWEST = -1e20
@@ -65,6 +67,7 @@ class Sizes:
     factor: of products, for exponentials in base 2.
     scores: where scores of windows lie.
     is_interpreted: whether the kernel runs in the interpreter.
+    own_barriers: whether to use those of `mosaic_barrier`; the interpreter cannot.
   """
 
   config: Config
@@ -73,6 +76,7 @@ class Sizes:
   factor: float
   scores: mosaic_top.Scores
   is_interpreted: bool
+  own_barriers: bool
 
   @property
   def num_pairs(self) -> int:
@@ -87,10 +91,45 @@ class Sizes:
     return min(self.config.pairs, self.num_pairs - n * self.config.pairs)
 
 
+class Done(NamedTuple):
+  """What a warpgroup has done since the kernel began; it tells how barriers stand.
+
+  Attributes:
+    queries: how often queries have been loaded.
+    wide, narrow: products' worth of windows that the warpgroup has taken, of either width.
+  """
+
+  queries: jax.Array
+  wide: jax.Array
+  narrow: jax.Array
+
+
+def nothing_done() -> Done:
+  """Where a warpgroup begins."""
+  return Done(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+
+
+def _num_copies(sizes: Sizes, num_spans: int) -> dict[str, int]:
+  """How many copies complete each kind of barrier, by name."""
+  return dict(
+    bounds_ready=1 + num_spans,
+    q_ready=2 * WARPGROUPS * sizes.config.pairs,
+    wide_ready=1,
+    narrow_ready=1,
+  )
+
+
 def scratch(sizes: Sizes, slots: Sequence[int]) -> dict:
   """Shared memory by name; `slots` is the room for chosen blocks of every span."""
   config, d = sizes.config, sizes.head_dim
   keys = WARPGROUPS * config.stages * WIDE
+  num_barriers = dict(
+    bounds_ready=1, q_ready=1, wide_ready=keys // WIDE, narrow_ready=keys // NARROW
+  )
+  barriers = {
+    name: mosaic_barrier.scratch(num_barriers[name], num_copies, sizes.own_barriers)
+    for name, num_copies in _num_copies(sizes, len(slots)).items()
+  }
   return dict(
     q=_tiled((config.pairs * ROWS, d)),
     keys=_tiled((keys, d)),
@@ -100,15 +139,27 @@ def scratch(sizes: Sizes, slots: Sequence[int]) -> dict:
     counts=[plgpu.SMEM((TILE,), jnp.int32) for _ in slots],
     # Of a tile, and of the one after it.
     ranges=[plgpu.SMEM((2, 3, TILE), jnp.int32) for _ in slots],
-    norms=plgpu.SMEM((WARPGROUPS, 2, config.pairs, ROWS), jnp.float32),
+    norms=plgpu.SMEM((WARPGROUPS, 2, min(config.pairs, MOST_SHARED), ROWS), jnp.float32),
     lse=plgpu.SMEM((sizes.num_pairs, ROWS), jnp.float32),
     bounds=plgpu.SMEM((ROWS_OF_BOUNDS, ROWS), jnp.int32),
-    bounds_ready=plgpu.Barrier(num_arrivals=1 + len(slots)),
-    q_ready=plgpu.Barrier(num_arrivals=8 * config.pairs),
-    wide_ready=plgpu.Barrier(num_barriers=keys // WIDE),
-    narrow_ready=plgpu.Barrier(num_barriers=keys // NARROW),
     met=plgpu.Barrier(num_arrivals=WARPGROUPS),
+    **barriers,
   )
+
+
+def set_up(sizes: Sizes, smem: dict, wg) -> None:
+  """Sets up our own barriers; what every warpgroup begins with."""
+  if not sizes.own_barriers:
+    return
+
+  @pl.when(wg == 0)
+  def _initialize():
+    num_copies = _num_copies(sizes, len(smem["ranges"]))
+    barriers = [(smem[name], num) for name, num in num_copies.items()]
+    mosaic_barrier.initialize(barriers, [])
+
+  plgpu.barrier_arrive(smem["met"])
+  plgpu.barrier_wait(smem["met"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +169,12 @@ class Tile:
   Attributes:
     sizes: of the call.
     smem: shared memory, by name.
-    q_gmem: queries of the batch row, [T, H, D].
-    keys_gmem: windows of the row, [W, D].
-    bounds_gmem, ranges_gmem: of the tile, [4, L] and [3 I, 32].
+    q_gmem: queries [B, T, H, D].
+    keys_gmem: windows [B, K, W, D].
+    bounds_gmem, ranges_gmem: of all tiles, [B, X, 4, L] and [B, X, 3 I, 32].
     out_gmem: chosen blocks of every span, [32, slots].
     wg: number of the warpgroup.
-    first_query: of the tile.
-    head: key head.
+    batch, head, x: batch row, key head, and number of the tile in its row.
     turn: which half of what is there twice belongs to this tile.
   """
 
@@ -136,9 +186,13 @@ class Tile:
   ranges_gmem: Any
   out_gmem: list
   wg: jax.Array
-  first_query: jax.Array
+  batch: jax.Array
   head: jax.Array
+  x: jax.Array
   turn: jax.Array
+
+  def _barriers(self, name: str) -> mosaic_barrier.Barriers:
+    return mosaic_barrier.Barriers(self.smem[name], self.sizes.own_barriers)
 
   def begin(self) -> None:
     """Starts the copies that the tile begins with; no warpgroup needs what they replace."""
@@ -146,22 +200,25 @@ class Tile:
 
     @pl.when(self.wg == 0)
     def _copy_bounds():
-      plgpu.copy_gmem_to_smem(self.bounds_gmem, smem["bounds"], smem["bounds_ready"])
+      ready, place = self._barriers("bounds_ready"), (self.batch, self.x)
+      whole = pl.ds(0, ROWS_OF_BOUNDS), pl.ds(0, ROWS)
+      ready.copy(0, self.bounds_gmem, (*place, *whole), smem["bounds"])
       for i, ranges in enumerate(smem["ranges"]):
-        source = self.ranges_gmem.at[pl.ds(3 * i, 3)]
-        plgpu.copy_gmem_to_smem(source, ranges.at[self.turn], smem["bounds_ready"])
+        index = *place, pl.ds(3 * i, 3), pl.ds(0, TILE)
+        ready.copy(0, self.ranges_gmem, index, ranges.at[self.turn])
 
     if self.sizes.num_rounds == 1:
       self._copy_queries(0)
 
-  def run(self, begin_next: Callable[[], None]) -> None:
-    """Chooses the blocks of all queries.
+  def run(self, begin_next: Callable[[], None], done: Done) -> Done:
+    """Chooses the blocks of all queries; returns what has been done then.
 
     Args:
       begin_next: called once the copies for the next tile may start.
+      done: before.
     """
     sizes, smem, config = self.sizes, self.smem, self.sizes.config
-    plgpu.barrier_wait(smem["bounds_ready"])
+    self._barriers("bounds_ready").wait(0, self.turn)
     # Queries ascend, and so do the windows that they see.
     last = ROWS - 1
     begin = lax.div(smem["bounds"][_FIRST, 0], jnp.int32(WIDE)) * WIDE
@@ -169,30 +226,32 @@ class Tile:
     end = jnp.maximum(begin, end)
 
     for n in range(sizes.num_rounds):
-      self._have_queries(n)
-      self._normalize(n, begin, end)
+      done = self._have_queries(n, done)
+      done = self._normalize(n, begin, end, done)
 
     per_segment = jnp.int32(config.segment)
     num_segments = jnp.maximum(lax.div(end - begin + per_segment - 1, per_segment), 1)
 
-    def segment(i, _):
+    def segment(i, done):
       first = begin + i * per_segment
       after = jnp.minimum(first + per_segment, end)
       # The first time, everyone has found sums; later, everyone has chosen.
       self._meet()
       for n in range(sizes.num_rounds):
         if sizes.num_rounds > 1:
-          self._have_queries(n)
-        self._add_probabilities(n, first, after)
+          done = self._have_queries(n, done)
+        done = self._add_probabilities(n, first, after, done)
       self._meet()
       is_last = i == num_segments - 1
       pl.when(is_last)(begin_next)
       end_block = jnp.where(is_last, jnp.int32(2**30), self._complete_blocks(after))
       blocks = self._complete_blocks(first), end_block
       self._choose(i == 0, (*blocks, first, begin, end))
+      return done
 
-    lax.fori_loop(0, num_segments, segment, None)
+    done = lax.fori_loop(0, num_segments, segment, done)
     self._write()
+    return done
 
   def _complete_blocks(self, window):
     """How many blocks have all of their windows before a window."""
@@ -208,12 +267,13 @@ class Tile:
 
   # Queries and windows.
 
-  def _have_queries(self, n: int) -> None:
+  def _have_queries(self, n: int, done: Done) -> Done:
     """Waits for the queries of a round's pairs of heads."""
     if self.sizes.num_rounds > 1:
       self._meet()
       self._copy_queries(n)
-    plgpu.barrier_wait(self.smem["q_ready"])
+    self._barriers("q_ready").wait(0, done.queries & 1)
+    return done._replace(queries=done.queries + 1)
 
   def _copy_queries(self, n: int) -> None:
     """Starts to copy the queries of a round; each warpgroup eight of every head."""
@@ -222,22 +282,27 @@ class Tile:
       for second in range(2):
         # Where there is no such head, the last one stands in, and counts for nothing.
         h = min(2 * (n * pairs + p) + second, sizes.num_heads - 1)
-        queries = pl.ds(self.first_query + 8 * self.wg, 8)
-        source = self.q_gmem.at[queries, self.head * sizes.num_heads + h]
+        queries = pl.ds(TILE * self.x + 8 * self.wg, 8)
+        head = self.head * sizes.num_heads + h
+        index = self.batch, queries, head, pl.ds(0, sizes.head_dim)
         rows = pl.ds(ROWS * p + 16 * self.wg + 8 * second, 8)
-        plgpu.copy_gmem_to_smem(source, self.smem["q"].at[rows], self.smem["q_ready"])
+        self._barriers("q_ready").copy(0, self.q_gmem, index, self.smem["q"].at[rows])
 
-  def _for_windows(self, begin, end, width: int, part, num_parts: int, step, start):
+  def _for_windows(self, begin, end, width: int, share, before, step, start):
     """Carries `start` through `step(keys_ref, first_window, carry)` for part of the windows.
 
     Args:
       begin, end: of all of them.
       width: that many at a time.
-      part, num_parts: every `num_parts`-th time, from `part` on.
+      share: `(part, num_parts)`: every `num_parts`-th time, from `part` on.
+      before: products' worth of this width that were taken before.
+
+    Returns:
+      What was taken in all, and the carry.
     """
-    smem = self.smem
+    part, num_parts = share
     stages = self.sizes.config.stages * (WIDE // width)
-    ready = smem["wide_ready" if width == WIDE else "narrow_ready"]
+    ready = self._barriers("wide_ready" if width == WIDE else "narrow_ready")
     total = lax.div(end - begin + width - 1, jnp.int32(width))
     count = jnp.maximum(lax.div(total - part + num_parts - 1, jnp.int32(num_parts)), 0)
 
@@ -245,17 +310,19 @@ class Tile:
       return begin + (part + i * num_parts) * width
 
     def stage(i):
-      place = self.wg * stages + lax.rem(i, jnp.int32(stages))
-      return smem["keys"].at[pl.ds(place * width, width)], ready.at[place]
+      place = self.wg * stages + lax.rem(before + i, jnp.int32(stages))
+      return place, self.smem["keys"].at[pl.ds(place * width, width)]
 
     def load(i):
       @pl.when(i < count)
       def _copy():
-        plgpu.copy_gmem_to_smem(self.keys_gmem.at[pl.ds(window(i), width)], *stage(i))
+        place, target = stage(i)
+        windows = pl.ds(window(i), width), pl.ds(0, self.sizes.head_dim)
+        ready.copy(place, self.keys_gmem, (self.batch, self.head, *windows), target)
 
     def advance(i, carry):
-      keys, barrier = stage(i)
-      plgpu.barrier_wait(barrier)
+      place, keys = stage(i)
+      ready.wait(place, lax.div(before + i, jnp.int32(stages)) & 1)
       carry = step(keys, window(i), carry)
       plgpu.commit_smem()
       load(i + stages)
@@ -263,7 +330,7 @@ class Tile:
 
     for i in range(stages):
       load(jnp.int32(i))
-    return lax.fori_loop(0, count, advance, start)
+    return before + count, lax.fori_loop(0, count, advance, start)
 
   def _products(self, n: int, pairs: Sequence, keys_ref, window, use, carry):
     """Carries `carry` through `use(i, scores, carry)` for pairs of heads.
@@ -305,7 +372,7 @@ class Tile:
 
   # The first time through.
 
-  def _normalize(self, n: int, begin, end) -> None:
+  def _normalize(self, n: int, begin, end, done: Done) -> Done:
     """Finds the logarithms of the sums of exponentials, base 2, of a round's heads."""
     num_pairs = self.sizes.pairs_of_round(n)
     # As many groups of warpgroups as there are pairs; in a group, windows are divided.
@@ -328,12 +395,13 @@ class Tile:
       return self._products(n, pairs, keys_ref, window, add, sums)
 
     start = tuple((self._filled(_LOWEST), self._filled(0.0)) for _ in pairs)
-    num_parts = WARPGROUPS // num_groups
-    sums = self._for_windows(begin, end, WIDE, part, num_parts, step, start)
-    if num_parts == 1:
+    share = part, WARPGROUPS // num_groups
+    wide, sums = self._for_windows(begin, end, WIDE, share, done.wide, step, start)
+    done = done._replace(wide=wide)
+    if num_groups == WARPGROUPS:
       for p, (highest, norm) in zip(own, sums, strict=True):
         pl.when(p < num_pairs)(functools.partial(self._set_lse, n, p, highest, norm))
-      return
+      return done
 
     norms = self.smem["norms"]
     for p, (highest, norm) in zip(own, sums, strict=True):
@@ -349,6 +417,8 @@ class Tile:
     def _combine():
       for p in own:
         pl.when(p < num_pairs)(functools.partial(self._combine, n, p, num_groups))
+
+    return done
 
   def _combine(self, n: int, p, num_groups: int) -> None:
     """Puts together what the warpgroups of a group have found of a pair."""
@@ -367,7 +437,7 @@ class Tile:
 
   # The second time through.
 
-  def _add_probabilities(self, n: int, begin, end) -> None:
+  def _add_probabilities(self, n: int, begin, end, done: Done) -> Done:
     """Adds probabilities of a round's heads to the scores of windows."""
     smem, num_pairs = self.smem, self.sizes.pairs_of_round(n)
     first_lse = n * self.sizes.config.pairs
@@ -392,7 +462,9 @@ class Tile:
       fold = mosaic_fold.interpreted if self.sizes.is_interpreted else mosaic_fold.fold
       fold(smem["scores"], HALO + window - begin, total, is_first=n == 0)
 
-    self._for_windows(begin, end, NARROW, self.wg, WARPGROUPS, step, None)
+    share = self.wg, WARPGROUPS
+    narrow, _ = self._for_windows(begin, end, NARROW, share, done.narrow, step, None)
+    return done._replace(narrow=narrow)
 
   # The choice.
 

@@ -91,6 +91,8 @@ PROMISED = [
   *((heads, 128, 64, {}) for heads in (4, 32)),
   (16, 64, 16, dict(documents=True, offset=64, bias=True)),
   (4, 128, 64, dict(documents=True, offset=64, bias=True)),
+  (16, 64, 16, dict(own_barriers=True)),
+  (4, 128, 64, dict(own_barriers=True, documents=True, offset=64, bias=True)),
 ]
 
 
@@ -99,7 +101,8 @@ PROMISED = [
   PROMISED,
   ids=lambda x: "_".join(x) if isinstance(x, dict) else str(x),
 )
-def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras):
+def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras, monkeypatch):
+  monkeypatch.setattr(mosaic_gpu_call, "OWN_BARRIERS", "own_barriers" in extras)
   b, t, k, s = 2, 203, 2, 267
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   q, kv = shape((b, t, heads * k, d)), shape((b, s, k, d))
@@ -189,6 +192,20 @@ def test_on_a_gpu_it_matches_the_reference(name):
   # No sum depends on who came first.
   for name, value in run().items():
     np.testing.assert_array_equal(value, actual[name], err_msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ssa", "everything", "everything_at_128", "4_heads"])
+def test_on_a_gpu_our_own_barriers_change_no_bit(name, monkeypatch):
+  case, extras = ON_GPU[name]
+  problem = problems.make(*case, **extras)
+  results = []
+  for own in (False, True):
+    monkeypatch.setattr(mosaic_gpu_call, "OWN_BARRIERS", own)
+    run = functools.partial(attend, interpret=None)
+    results.append(problems.run(problem, dtype=jnp.bfloat16, attend=run))
+  for name, value in results[0].items():
+    np.testing.assert_array_equal(value, results[1][name], err_msg=name)
 
 
 @pytest.mark.gpu
