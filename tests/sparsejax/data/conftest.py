@@ -1,12 +1,45 @@
-"""Documents of token ids, written as the prepared directories that readers open."""
+"""Text to prepare, and documents of ids as the prepared directories that readers open."""
 
 import itertools
+import json
 import pathlib
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 
-from sparsejax.data import shards, tokenizers
+from sparsejax.data import prepare, shards, tokenizers
+from tests.sparsejax.data import texts
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  """Documents in several files of several kinds."""
+  folder = tmp_path / "corpus"
+  folder.mkdir()
+  for number in range(4):
+    lines = [json.dumps(dict(text=text)) for text in texts.TEXTS[number::4]]
+    (folder / f"{number}.jsonl").write_text("\n".join(lines))
+  (folder / "code.py").write_text("def f(x):\n  return x\n")
+  table = pa.table({"text": ["a table", "of", "three rows"]})
+  parquet.write_table(table, folder / "table.parquet", row_group_size=1)
+  return folder
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+  """So that even little text is the work of several processes."""
+  monkeypatch.setattr(prepare, "UNIT_BYTES", 500)
+
+
+@pytest.fixture
+def bpe(tmp_path):
+  folder = tmp_path / "tokenizer"
+  folder.mkdir()
+  tokenizer = tokenizers.train_bpe(["other text of another corpus"] * 20, 280)
+  tokenizer.save(folder)
+  return folder, tokenizer
 
 
 @pytest.fixture(scope="session")
