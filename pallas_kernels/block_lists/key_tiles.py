@@ -11,6 +11,7 @@ workers. A tile may be shared by several workers: each leaves its sum in a slot 
 `tile + worker`, which no other pair has, as either number only grows along the way.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -57,46 +58,89 @@ class KeyTiles(NamedTuple):
   last_worker_X: jax.Array
 
 
+class Dealt(NamedTuple):
+  """The units of every tile, dealt into windows; see `KeyTiles`.
+
+  Attributes:
+    windows_X: windows of every tile.
+    units_W, pieces_W, tokens_WP, first_window_X: see `KeyTiles`.
+  """
+
+  windows_X: jax.Array
+  first_window_X: jax.Array
+  units_W: jax.Array
+  pieces_W: jax.Array
+  tokens_WP: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+  """How keys make tiles.
+
+  Attributes:
+    block_size: keys per block, a multiple of 16 that divides `keys_per_tile`.
+    num_blocks: N.
+    keys_per_tile: a multiple of 16, for at most 30 pieces.
+  """
+
+  block_size: int
+  num_blocks: int
+  keys_per_tile: int
+
+  @property
+  def tiles_per_row(self) -> int:
+    return -(-self.num_blocks * self.block_size // self.keys_per_tile)
+
+  @property
+  def blocks_per_tile(self) -> int:
+    return self.keys_per_tile // self.block_size
+
+  @property
+  def pieces_per_block(self) -> int:
+    return self.block_size // PIECE
+
+  def most_windows(self, blocks_RUE) -> int:
+    """In the worst case: no two blocks of a unit share a tile, no tile fills its last."""
+    r, u, e = blocks_RUE.shape
+    most_pairs = r * u * min(e, self.tiles_per_row)
+    return -(-most_pairs // WINDOW) + r * self.tiles_per_row
+
+
 def key_tiles(
-  lists: units.UnitLists,
-  *,
-  block_size: int,
-  num_blocks: int,
-  keys_per_tile: int,
-  num_workers: int,
-  has_tokens: bool,
+  lists: units.UnitLists, tiling: Tiling, *, num_workers: int, has_tokens: bool
 ) -> KeyTiles:
   """Turns the lists round.
 
   Args:
     lists: of the units.
-    block_size: keys per block, a multiple of 16 that divides `keys_per_tile`.
-    num_blocks: N.
-    keys_per_tile: a multiple of 16, for at most 30 pieces.
+    tiling: of keys.
     num_workers: that share the work.
     has_tokens: whether units hold several tokens.
 
   Raises:
     ValueError: more pairs of tiles and units than 32 bits can number.
   """
-  r, u, e = lists.blocks_RUE.shape
-  per_row = -(-num_blocks * block_size // keys_per_tile)
+  return share(deal(lists, tiling, has_tokens), lists, tiling, num_workers)
+
+
+def deal(lists: units.UnitLists, tiling: Tiling, has_tokens: bool) -> Dealt:
+  """Finds the units of every tile by sorting; raises what `key_tiles` does."""
+  r, u, _ = lists.blocks_RUE.shape
+  per_row = tiling.tiles_per_row
   num_tiles = r * per_row
   if num_tiles * u >= 2**31:
     raise ValueError(
-      f"{num_tiles} tiles of {keys_per_tile} keys times {u} units are too many to number "
-      "with 32 bits; use a smaller batch or larger blocks"
+      f"{num_tiles} tiles of {tiling.keys_per_tile} keys times {u} units are too many to "
+      "number with 32 bits; use a smaller batch or larger blocks"
     )
   # Every tile that a unit reads, as `tile * U + unit`, in order; then numbers beyond all.
-  number_P = jnp.sort(_pairs(lists.blocks_RUE, keys_per_tile // block_size, per_row))
+  number_P = jnp.sort(_pairs(lists.blocks_RUE, tiling.blocks_per_tile, per_row))
   edges_X = jnp.searchsorted(
     number_P, jnp.arange(num_tiles + 1, dtype=jnp.uint32) * u, method="scan_unrolled"
   ).astype(jnp.int32)
-  windows_X = -(-jnp.diff(edges_X) // WINDOW)
-  first_window_X = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(windows_X)])
+  windows_X, first_window_X = windows_of(jnp.diff(edges_X))
 
-  # The worst case: no two blocks of a unit share a tile, and no tile fills its last window.
-  most = -(-r * u * min(e, per_row) // WINDOW) + num_tiles
+  most = tiling.most_windows(lists.blocks_RUE)
   window_W = jnp.arange(most, dtype=jnp.int32)
   tile_W = _place(first_window_X, window_W, num_tiles)
   # Pair i of a tile with w windows goes to window i % w.
@@ -106,17 +150,28 @@ def key_tiles(
   number_WI = number_P.at[pair_WI].get(mode="clip")
   unit_WI = jnp.where(is_pair_WI, (number_WI % u).astype(jnp.int32), 0)
 
-  pieces_WI, tokens_WIP = _read_by(
-    lists, tile_W, unit_WI, block_size, keys_per_tile, per_row, has_tokens
-  )
+  pieces_WI, tokens_WIP = _read_by(lists, tile_W, unit_WI, tiling, has_tokens)
   pieces_WI = jnp.where(is_pair_WI, pieces_WI, 0)
-  cost_X = _cost(lists, windows_X, block_size, keys_per_tile, per_row)
-  bounds_W = _bounds(cost_X, windows_X, first_window_X, num_workers)
+  tokens_WP = tokens_WIP.reshape(most * WINDOW, -1) if has_tokens else None
+  return Dealt(windows_X, first_window_X, unit_WI.reshape(-1), pieces_WI.reshape(-1), tokens_WP)
+
+
+def windows_of(num_units_X) -> tuple[jax.Array, jax.Array]:
+  """Windows of every tile, and the first of them, from the number of units that read it."""
+  windows_X = -(-num_units_X // WINDOW)
+  return windows_X, jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(windows_X)])
+
+
+def share(dealt: Dealt, lists: units.UnitLists, tiling: Tiling, num_workers: int) -> KeyTiles:
+  """Cuts the windows into parts of equal cost, one for each worker."""
+  windows_X, first_window_X = dealt.windows_X, dealt.first_window_X
+  num_tiles = len(windows_X)
+  bounds_W = _bounds(_cost(lists, windows_X, tiling), windows_X, first_window_X, num_workers)
   starts_X = first_window_X[:-1]
   return KeyTiles(
-    units_W=unit_WI.reshape(-1),
-    pieces_W=pieces_WI.reshape(-1),
-    tokens_WP=tokens_WIP.reshape(most * WINDOW, -1) if has_tokens else None,
+    units_W=dealt.units_W,
+    pieces_W=dealt.pieces_W,
+    tokens_WP=dealt.tokens_WP,
     first_window_X=first_window_X,
     bounds_W=bounds_W,
     first_tile_W=_place(first_window_X, bounds_W[:-1], num_tiles),
@@ -142,19 +197,20 @@ def _pairs(blocks_RUE, blocks_per_tile: int, per_row: int) -> jax.Array:
   return jnp.where(is_first_RUE & is_block_RUE, number_RUE, no_pair).reshape(-1)
 
 
-def _read_by(lists, tile_W, unit_WI, block_size, keys_per_tile, per_row, has_tokens):
+def _read_by(lists, tile_W, unit_WI, tiling: Tiling, has_tokens):
   """Pieces of its tile that each unit reads, and which of its tokens do (or None)."""
   blocks_RUE, tokens_RUE, first_BU, last_BU = lists
+  per_row, keys_per_tile = tiling.tiles_per_row, tiling.keys_per_tile
   row_W, x_W = tile_W // per_row, tile_W % per_row
   begin_W1 = (x_W * keys_per_tile)[:, None]
   b_W1 = (row_W // (blocks_RUE.shape[0] // first_BU.shape[0]))[:, None]
   is_edge_WI = first_BU[b_W1, unit_WI] > begin_W1
   is_edge_WI |= last_BU[b_W1, unit_WI] < begin_W1 + keys_per_tile - 1
 
-  per_tile = keys_per_tile // block_size
+  per_tile = tiling.blocks_per_tile
   block_WIE = blocks_RUE[row_W[:, None], unit_WI] - (x_W * per_tile)[:, None, None]
   is_here_WIE = (block_WIE >= 0) & (block_WIE < per_tile)
-  per_block = block_size // PIECE
+  per_block = tiling.pieces_per_block
   piece_WIE = jnp.where(is_here_WIE, block_WIE * per_block, 0)
   bits_WIE = jnp.where(is_here_WIE, jnp.left_shift((1 << per_block) - 1, piece_WIE), 0)
   # Blocks of a unit are all different, so that adding bits joins them.
@@ -167,14 +223,13 @@ def _read_by(lists, tile_W, unit_WI, block_size, keys_per_tile, per_row, has_tok
   return pieces_WI, (has_piece_WIEP * tokens_WIE[..., None]).sum(-2)
 
 
-def _cost(lists, windows_X, block_size, keys_per_tile, per_row):
+def _cost(lists, windows_X, tiling: Tiling):
   """What a window of each tile costs: the most products that any of its warps has.
 
   Counted over every `_SAMPLE`-th unit: costs share out the work, and need not be exact.
   """
   blocks_RUE = lists.blocks_RUE[:, ::_SAMPLE]
-  r = blocks_RUE.shape[0]
-  per_tile = keys_per_tile // block_size
+  r, per_row, per_tile = blocks_RUE.shape[0], tiling.tiles_per_row, tiling.blocks_per_tile
   row_R = jnp.arange(r, dtype=jnp.int32)[:, None, None]
   index_RUE = jnp.where(
     blocks_RUE < units.NONE, row_R * per_row * per_tile + blocks_RUE, r * per_row * per_tile

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels import devices, documents
 from pallas_kernels.block_lists import key_tiles, query_tiles, units
 from pallas_kernels.block_lists import mosaic_gpu as lists_on_gpu
+from pallas_kernels.block_lists import mosaic_gpu_deal as deal_on_gpu
 from pallas_kernels.block_sparse_attention import (
   mosaic_gpu_dkv,
   mosaic_gpu_dq,
@@ -21,6 +22,8 @@ from pallas_kernels.mosaic_warp import PIECE
 INTERPRETED_WORKERS = 2
 # Whether kernels use barriers of `mosaic_barrier`: not before they have run on a GPU.
 OWN_BARRIERS = False
+# Whether kernels deal units into windows: not before they have run on a GPU.
+KERNELS_DEAL = False
 _LOG2E = 1.4426950408889634
 
 
@@ -106,14 +109,17 @@ class Call:
     )
 
   def make_key_tiles(self, lists: units.UnitLists) -> key_tiles.KeyTiles:
-    return key_tiles.key_tiles(
-      lists,
+    tiling = key_tiles.Tiling(
       block_size=self._shape.block_size,
       num_blocks=self._num_blocks,
       keys_per_tile=self._key_config.keys_per_tile,
-      num_workers=self._shape.num_workers,
-      has_tokens=self._shape.has_tokens,
     )
+    # Kernels deal units of single tokens, and have nothing that the interpreter knows.
+    if KERNELS_DEAL and not self._shape.has_tokens and not self._shape.interpreted:
+      dealt = deal_on_gpu.deal(lists, tiling)
+    else:
+      dealt = key_tiles.deal(lists, tiling, self._shape.has_tokens)
+    return key_tiles.share(dealt, lists, tiling, self._shape.num_workers)
 
   def make_walk_lists(
     self, problem, tiles: query_tiles.QueryTiles, bounds

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_lists import key_tiles, mosaic_gpu, query_tiles, units
+from pallas_kernels.block_lists import (
+  key_tiles,
+  mosaic_gpu,
+  mosaic_gpu_deal,
+  query_tiles,
+  units,
+)
 
 CASES = {  # T, heads per key head, S, block size, blocks listed
   "one_token_per_unit": (40, 16, 40, 16, 3),
@@ -46,14 +52,9 @@ def make(case, seed=0):
       blocks, first, position, grouping=grouping, block_size=block_size, num_blocks=n
     )
     tiles = query_tiles.query_tiles(lists, units_per_tile=UNITS_PER_TILE, num_blocks=n)
-    keys = key_tiles.key_tiles(
-      lists,
-      block_size=block_size,
-      num_blocks=n,
-      keys_per_tile=KEYS_PER_TILE,
-      num_workers=WORKERS,
-      has_tokens=grouping.tokens_per_unit > 1,
-    )
+    tiling = key_tiles.Tiling(block_size=block_size, num_blocks=n, keys_per_tile=KEYS_PER_TILE)
+    has_tokens = grouping.tokens_per_unit > 1
+    keys = key_tiles.key_tiles(lists, tiling, num_workers=WORKERS, has_tokens=has_tokens)
     return lists, tiles, keys
 
   derived = jax.device_get(derive(*map(jnp.asarray, (blocks, first, position))))
@@ -198,14 +199,10 @@ def test_windows_share_out_long_runs():
     block_size=block_size,
     num_blocks=t // block_size,
   )
-  keys = key_tiles.key_tiles(
-    lists,
-    block_size=block_size,
-    num_blocks=t // block_size,
-    keys_per_tile=192,
-    num_workers=2,
-    has_tokens=False,
+  tiling = key_tiles.Tiling(
+    block_size=block_size, num_blocks=t // block_size, keys_per_tile=192
   )
+  keys = key_tiles.key_tiles(lists, tiling, num_workers=2, has_tokens=False)
   count = int(keys.first_window_X[1])
   pieces = np.asarray(keys.pieces_W)[: count * 32].reshape(count, 32)
   for piece in (0, 1):
@@ -220,9 +217,8 @@ def test_a_worst_case_too_large_to_number_is_refused():
   )
 
   def keys(lists):
-    return key_tiles.key_tiles(
-      lists, block_size=16, num_blocks=2**16, keys_per_tile=192, num_workers=2, has_tokens=False
-    )
+    tiling = key_tiles.Tiling(block_size=16, num_blocks=2**16, keys_per_tile=192)
+    return key_tiles.key_tiles(lists, tiling, num_workers=2, has_tokens=False)
 
   with pytest.raises(ValueError, match="too many to number"):
     jax.eval_shape(keys, lists)
@@ -240,9 +236,8 @@ ON_GPU = {  # T, heads per key head, S, block size, blocks listed
 }
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ON_GPU)
-def test_on_a_gpu_its_kernel_makes_the_same_lists(name):
+def make_on_gpu(name):
+  """Arguments of `units.unit_lists`."""
   t, heads, s, block_size, m = ON_GPU[name]
   rng = np.random.default_rng(0)
   n = -(-s // block_size)
@@ -253,7 +248,14 @@ def test_on_a_gpu_its_kernel_makes_the_same_lists(name):
   position = jnp.asarray(s - t + np.arange(t))
   first = jnp.asarray(rng.integers(0, s - t + 1, size=(B, t)))
   sizes = dict(grouping=units.group(t, heads), block_size=block_size, num_blocks=n)
-  arrays = jnp.asarray(blocks), first, position
+  return (jnp.asarray(blocks), first, position), sizes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu_its_kernel_makes_the_same_lists(name):
+  arrays, sizes = make_on_gpu(name)
+  n = sizes["num_blocks"]
 
   @jax.jit
   def define(*arrays):
@@ -272,3 +274,20 @@ def test_on_a_gpu_its_kernel_makes_the_same_lists(name):
   np.testing.assert_array_equal(
     np.where(is_read, actual_tiles.union_RXC, 0), np.where(is_read, tiles.union_RXC, 0)
   )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu_its_kernels_deal_the_same_units(name):
+  arrays, sizes = make_on_gpu(name)
+  block_size, n = sizes["block_size"], sizes["num_blocks"]
+  lists = jax.jit(functools.partial(units.unit_lists, **sizes))(*arrays)
+  tiling = key_tiles.Tiling(block_size=block_size, num_blocks=n, keys_per_tile=192)
+  expected = jax.jit(lambda x: key_tiles.deal(x, tiling, has_tokens=False))(lists)
+  actual = jax.jit(lambda x: mosaic_gpu_deal.deal(x, tiling))(lists)
+  for field in ("windows_X", "first_window_X"):
+    np.testing.assert_array_equal(getattr(actual, field), getattr(expected, field), field)
+  num = int(expected.first_window_X[-1]) * key_tiles.WINDOW
+  for field in ("units_W", "pieces_W"):
+    values = (getattr(x, field)[:num] for x in (actual, expected))
+    np.testing.assert_array_equal(*values, field)

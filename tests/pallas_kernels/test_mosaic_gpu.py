@@ -91,8 +91,8 @@ PROMISED = [
   *((heads, 128, 64, {}) for heads in (4, 32)),
   (16, 64, 16, dict(documents=True, offset=64, bias=True)),
   (4, 128, 64, dict(documents=True, offset=64, bias=True)),
-  (16, 64, 16, dict(own_barriers=True)),
-  (4, 128, 64, dict(own_barriers=True, documents=True, offset=64, bias=True)),
+  (16, 64, 16, dict(unproven=True)),
+  (4, 128, 64, dict(unproven=True, documents=True, offset=64, bias=True)),
 ]
 
 
@@ -102,7 +102,8 @@ PROMISED = [
   ids=lambda x: "_".join(x) if isinstance(x, dict) else str(x),
 )
 def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras, monkeypatch):
-  monkeypatch.setattr(mosaic_gpu_call, "OWN_BARRIERS", "own_barriers" in extras)
+  for name in ("OWN_BARRIERS", "KERNELS_DEAL"):
+    monkeypatch.setattr(mosaic_gpu_call, name, "unproven" in extras)
   b, t, k, s = 2, 203, 2, 267
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   q, kv = shape((b, t, heads * k, d)), shape((b, s, k, d))
@@ -126,7 +127,8 @@ def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras, monk
     disabled_checks=[export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
   )(q, kv, kv, bias, blocks, segments, offset, q, lse)
   # Forward, dq, dkv, the two sums of parts, and the lists of single tokens.
-  assert lowered.mlir_module().count("custom_call @mosaic_gpu_v2") == 5 + (heads > 8)
+  count = 5 + (heads > 8) * (3 if "unproven" in extras else 1)
+  assert lowered.mlir_module().count("custom_call @mosaic_gpu_v2") == count
 
 
 @pytest.mark.parametrize(
