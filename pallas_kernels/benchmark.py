@@ -1,7 +1,7 @@
 """Times the kernels against dense attention, after checking that they are right.
 
   python -m pallas_kernels.benchmark
-  python -m pallas_kernels.benchmark ssa_8k nosa_16k --lists=clustered,independent
+  python -m pallas_kernels.benchmark ssa_8k nosa_16k --lists=clustered --what=op,layers
 
 Prints and saves, in a file for each shape and for every pass: milliseconds, useful TFLOP/s
 (those of the listed keys), the share of the roofline (useful operations at the tensor cores'
@@ -10,7 +10,7 @@ dense causal attention on the same queries, keys and values in the same run.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 import functools
 from importlib import metadata
@@ -49,6 +49,7 @@ class Shape:
 
 
 SHAPES = {
+  "ssa_2k": Shape(8, 2048, 32, 2, 64, 16, 16),
   "ssa_8k": Shape(2, 8192, 32, 2, 64, 16, 16),
   "ssa_32k": Shape(1, 32768, 32, 2, 64, 16, 16),
   "nosa_16k": Shape(1, 16384, 32, 2, 128, 64, 64),
@@ -58,7 +59,15 @@ SHAPES = {
     for length in (4096, 8192, 16384, 32768, 65536, 131072)
   },
 }
-DEFAULT = ("ssa_8k", "ssa_32k", "nosa_16k", "nosa_32k")
+DEFAULT = ("ssa_2k", "ssa_8k", "ssa_32k", "nosa_16k", "nosa_32k")
+GROUPS = {  # of what is measured
+  "kernels": "each kernel and each making of lists alone",
+  "op": "block-sparse attention from its lists on",
+  "xla": "the same in XLA, up to 8192 tokens",
+  "selection": "block selection, alone and with lists",
+  "layers": "a sparse layer, and SSA's dual path",
+  "mosaic": "dense attention in Mosaic, which a fused dual path could at best equal",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +205,8 @@ def make_passes(problem: Problem, dout, block_size: int, scale: float):
   }
 
 
-def run(name: str, shape: Shape, kind: str) -> list[Row]:
-  """Measures every pass on one kind of lists."""
+def run(name: str, shape: Shape, kind: str, groups: Collection[str]) -> list[Row]:
+  """Measures every pass of some groups on one kind of lists."""
   q, k, v, dout = make_inputs(shape)
   blocks = benchmark_lists.make_lists(
     kind, q, k, block_size=shape.block_size, num_blocks=shape.num_blocks
@@ -220,9 +229,10 @@ def run(name: str, shape: Shape, kind: str) -> list[Row]:
     row("dense backward", dense_backward, 5 * dense_product / dense_backward / 1e9),
   ]
 
-  passes = make_passes(
-    Problem(q, k, v, blocks, jnp.int32(0), None, None), dout, shape.block_size, scale
-  )
+  problem = Problem(q, k, v, blocks, jnp.int32(0), None, None)
+  passes = {}
+  if "kernels" in groups:
+    passes = make_passes(problem, dout, shape.block_size, scale)
   work = {
     "forward": (2, (q, k, v, q), dense_forward),
     "dq": (3, (q, k, v, dout, q), dense_backward),
@@ -243,9 +253,10 @@ def run(name: str, shape: Shape, kind: str) -> list[Row]:
   def gradient(run, q, k, v, blocks, dout):
     return jax.vjp(lambda *x: attend(run, *x, blocks), q, k, v)[1](dout)
 
-  for label, implementation in (("", mosaic_gpu), (" in XLA", xla)):
-    if label and shape.length > 8192:
-      continue  # minutes, and gigabytes
+  for group, label, implementation in (("op", "", mosaic_gpu), ("xla", " in XLA", xla)):
+    # In XLA, longer ones take minutes, and gigabytes.
+    if group not in groups or (group == "xla" and shape.length > 8192):
+      continue
     op = implementation.block_sparse_attention
     forward = measure(functools.partial(attend, op), q, k, v, blocks)
     both = measure(functools.partial(gradient, op), q, k, v, blocks, dout)
@@ -254,10 +265,11 @@ def run(name: str, shape: Shape, kind: str) -> list[Row]:
     total = dense_forward + dense_backward
     arrays = (q, k, v, q, q, k, v, dout, q, k, v)
     rows.append(rated(f"op{label}, forward and backward", both, 7, arrays, both / total))
-  return rows + _around(row, shape, (q, k, v, dout), blocks, (dense_forward, dense_backward))
+  dense = dense_forward, dense_backward
+  return rows + _around(row, shape, (q, k, v, dout), blocks, dense, groups)
 
 
-def _around(row, shape: Shape, inputs, blocks, dense) -> list[Row]:
+def _around(row, shape: Shape, inputs, blocks, dense, groups) -> list[Row]:
   """Selection, and whole layers; lists of the latter are those of the inputs."""
   q, k, v, dout = inputs
   scale, sizes = shape.head_dim**-0.5, dict(block_size=shape.block_size)
@@ -265,7 +277,14 @@ def _around(row, shape: Shape, inputs, blocks, dense) -> list[Row]:
   call = mosaic_gpu_call.Call(problem, shape.block_size, scale)
   bounds = jax.jit(call.bounds)(problem)
   rows = []
-  passes = benchmark_layer.selection_passes(call, bounds, num_blocks=shape.num_blocks, **sizes)
+  if "mosaic" in groups:
+    ms = measure(benchmark_layer.dense_in_mosaic, q, k, v)
+    rows.append(row("dense forward in Mosaic", ms, ratio=ms / dense[0]))
+  passes = {}
+  if "selection" in groups:
+    passes = benchmark_layer.selection_passes(
+      call, bounds, num_blocks=shape.num_blocks, **sizes
+    )
   for what, function in passes.items():
     ms = measure(function, q, k)
     rows.append(row(what, ms, ratio=ms / dense[0]))
@@ -278,10 +297,11 @@ def _around(row, shape: Shape, inputs, blocks, dense) -> list[Row]:
     benchmark_layer.layer, attend=attend, num_blocks=shape.num_blocks, **sizes
   )
   dual = functools.partial(benchmark_layer.dual_path, **sizes)
-  for what, function, args in (
+  layers = (
     ("sparse layer, forward and backward", layer, (q, k, v, dout)),
     ("dual path, forward and backward", dual, (q, k, v, blocks, dout, dout)),
-  ):
+  )
+  for what, function, args in layers if "layers" in groups else ():
     ms = measure(function, *args)
     rows.append(row(what, ms, ratio=ms / sum(dense)))
   return rows
@@ -343,11 +363,16 @@ def main(arguments: list[str] | None = None) -> int:
   )
   parser.add_argument("shapes", nargs="*", default=DEFAULT, help=", ".join(SHAPES))
   parser.add_argument("--lists", default="clustered,independent")
+  parser.add_argument("--what", default=",".join(GROUPS), help=", ".join(GROUPS))
   parser.add_argument("--out", default="results/kernels", help="directory to write")
   options = parser.parse_args(arguments)
   unknown = [name for name in options.shapes if name not in SHAPES]
   if unknown:
     parser.error(f"no shape {unknown[0]!r}; there are {', '.join(SHAPES)}")
+  groups = options.what.split(",")
+  unknown = [name for name in groups if name not in GROUPS]
+  if unknown:
+    parser.error(f"--what={unknown[0]} is none of {', '.join(GROUPS)}")
   why_not = devices.why_not_hopper()
   if why_not is not None:
     sys.stderr.write(f"error: the benchmark {why_not}\n")
@@ -358,7 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
       errors = check(SHAPES[name], kind)
       worst = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
       sys.stdout.write(f"\n{name}, {kind} lists; errors: {worst}\n")
-      new = run(name, SHAPES[name], kind)
+      new = run(name, SHAPES[name], kind, groups)
       sys.stdout.write(table(new) + "\n")
       rows += new
     path = save(pathlib.Path(options.out), name, rows)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+from jax.experimental.pallas.ops.gpu import attention_mgpu
 import jax.numpy as jnp
 
 from pallas_kernels.block_selection.api import select_blocks
@@ -38,6 +39,18 @@ def selection_passes(call, bounds, *, block_size: int, num_blocks: int):
     return call.make_lists(select(q_BTHD, k_BTKD), bounds)[1]
 
   return {"selection": select, "selection and lists of query tiles": with_lists}
+
+
+def dense_in_mosaic(q_BTHD, k_BTKD, v_BTKD):
+  """Pallas' own dense causal attention, unscaled, in Mosaic.
+
+  One pass for both streams of SSA would be this kernel and more. What it takes beyond
+  cuDNN's must then be less than the sparse kernels take, or two passes are faster.
+  """
+  config = attention_mgpu.TuningConfig(
+    block_q=128, block_kv=128, max_concurrent_steps=2, causal=True
+  )
+  return attention_mgpu.attention(q_BTHD, k_BTKD, v_BTKD, config)
 
 
 def dual_path(q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, dfull_BTHD, dsparse_BTHD, *, block_size):

@@ -68,7 +68,10 @@ def test_where_it_cannot_run_it_says_so(capsys):
   assert "the benchmark needs a Hopper GPU, this is cpu" in capsys.readouterr().err
   with pytest.raises(SystemExit):
     benchmark.main(["ssa_9k"])
-  assert "no shape 'ssa_9k'; there are ssa_8k" in capsys.readouterr().err
+  assert "no shape 'ssa_9k'; there are ssa_2k" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    benchmark.main(["--what=op,all"])
+  assert "--what=all is none of kernels, op" in capsys.readouterr().err
 
 
 def test_layers_are_built_as_on_a_gpu(monkeypatch):
