@@ -137,7 +137,7 @@ def check(shape: Shape, kind: str) -> dict[str, float]:
   short = dataclasses.replace(shape, batch=1, length=max(1024, 4 * shape.block_size))
   q, k, v, dout = make_inputs(short, seed=1)
   blocks = benchmark_lists.make_lists(
-    kind if not kind.endswith(".npy") else "clustered",
+    "clustered" if ".npy" in kind else kind,
     q,
     k,
     block_size=short.block_size,

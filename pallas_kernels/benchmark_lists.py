@@ -4,7 +4,8 @@ independent  every query chooses at random
 clustered    scores wander slowly over time (first-order autoregression) and favour near
              blocks; as trained models choose
 exact        the best blocks of random queries and keys, as `select_blocks` finds them
-FILE.npy     int32 [T, M] of a model, the same for all rows and heads
+FILE.npy     int32 [T, K, M] of a model, the same for all rows; or [T, M], for all heads
+             too. FILE.npy:3 takes the third of a file of layers, counted from 0.
 """
 
 import functools
@@ -42,12 +43,16 @@ def make_lists(kind: str, q_BTHD, k_BTKD, *, block_size: int, num_blocks: int) -
     )
     lists_TKM = jnp.stack([jax.jit(draw)(key) for key in keys], axis=1)
     return jnp.broadcast_to(lists_TKM[None], (b, *lists_TKM.shape))
-  if not pathlib.Path(kind).is_file():
+  file, _, layer = kind.partition(":")
+  if not pathlib.Path(file).is_file():
     raise ValueError(f"{kind!r} is neither independent, clustered, exact nor a file")
-  lists_TM = np.load(kind)
-  if lists_TM.shape != (t, num_blocks):
-    raise ValueError(f"{kind} holds {lists_TM.shape}, not {(t, num_blocks)}")
-  return jnp.broadcast_to(jnp.asarray(lists_TM)[None, :, None], (b, t, k, num_blocks))
+  lists = np.load(file)[int(layer)] if layer else np.load(file)
+  if lists.shape not in ((t, num_blocks), (t, k, num_blocks)):
+    raise ValueError(
+      f"{kind} holds {lists.shape}, not {(t, num_blocks)} or {(t, k, num_blocks)}"
+    )
+  lists_TKM = jnp.asarray(lists if lists.ndim == 3 else lists[:, None])
+  return jnp.broadcast_to(lists_TKM[None], (b, t, k, num_blocks))
 
 
 def _wandering(key, *, length, block_size, num_blocks, rho, local):

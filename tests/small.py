@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import smoke
-from sparsejax import parameters
-from sparsejax.configuration import build
+from sparsejax import checkpoint, parameters, sharding
+from sparsejax.configuration import build, record
 from sparsejax.data import batch as data
+from sparsejax.training import state as states
 
 
 def make_config(**changes):
@@ -63,3 +64,28 @@ def make_batch(rows=2, length=64, vocab_size=320, seed=0, num_documents=3):
   return data.Batch(
     *(jnp.asarray(field, jnp.float32 if field is weights else jnp.int32) for field in fields)
   )
+
+
+def save_checkpoints(workdir, config, steps=(1,)):
+  """Checkpoints of a model that was not trained, as train.py leaves them; the last state."""
+  corpus = build.make_corpus(config, workdir / "data")
+  transformer = build.make_model(config, max_documents=corpus.max_documents)
+  optimizer, _ = build.make_optimizer(config)
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  state = states.init_state(transformer, optimizer, mesh, 0)
+  checkpoints = checkpoint.Checkpoints(
+    workdir / "checkpoints", keep_latest=9, keep_every=0, keep_best=0
+  )
+  about = checkpoint.Record(
+    next_row=0,
+    corpus=corpus.fingerprint,
+    tokenizer=corpus.tokenizer.fingerprint,
+    config=record.as_json(config),
+  )
+  for step in steps:
+    state = state.replace(
+      step=state.step * 0 + step, params=jax.tree.map(lambda x: x * 1.5, state.params)
+    )
+    checkpoints.save(state, about, wait=True)
+  checkpoints.close()
+  return state

@@ -7,13 +7,12 @@ import math
 import pathlib
 
 import ml_collections
+import numpy as np
 
 from sparsejax import errors
 from sparsejax.configuration import checks, record
-from sparsejax.evaluation import perplexity
+from sparsejax.evaluation import block_lists, perplexity
 from sparsejax.evaluation import subject as subjects
-
-TASKS = {"perplexity": perplexity.run}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Request:
   Attributes:
     path: a workdir or a checkpoint.
     step: of a workdir; None is the newest.
-    tasks: keys of `TASKS`.
+    tasks: names of `TASKS`.
     modes: of inference.
     budgets: keys a query reads under sparse inference; () is that of training.
     sources: data instead of the checkpoint's own.
@@ -52,7 +51,8 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
 
   That is what the model ran on, a line for each operation and each choice that budgets make
   for it, and the tables as markdown.
-  Each task leaves `TASK.json` (with config, commit, versions and device) and `TASK.md`.
+  Each task leaves `TASK.json` (with config, commit, versions and device) and `TASK.md`;
+  block_lists also `block_lists.npy`, int32 [layers, T, K, M].
 
   Args:
     request: what to do.
@@ -82,16 +82,34 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
   out = pathlib.Path(request.out or subject.path.parent.parent / "eval" / str(subject.step))
   tables = []
   for task in request.tasks:
-    cells = TASKS[task](
-      subject,
-      modes=request.modes,
-      budgets=request.budgets,
-      max_rows=request.max_rows,
-      batch_size=request.batch_size,
-    )
-    tables.append(_write(task, cells, subject, out))
+    cells, text = TASKS[task](subject, request, out)
+    tables.append(_write(task, cells, text, subject, out))
   backends = "".join(f"backend of {choice}\n" for choice in subject.backends)
   return backends + "\n".join(tables), out
+
+
+def _perplexity(subject, request: Request, out):
+  cells = perplexity.run(
+    subject,
+    modes=request.modes,
+    budgets=request.budgets,
+    max_rows=request.max_rows,
+    batch_size=request.batch_size,
+  )
+  return cells, markdown(cells)
+
+
+def _block_lists(subject, request: Request, out):
+  del request  # modes and budgets are not of this question
+  blocks_LTKM = block_lists.choose(subject)
+  out.mkdir(parents=True, exist_ok=True)
+  np.save(out / "block_lists.npy", blocks_LTKM)
+  cells = block_lists.describe(blocks_LTKM, subject.config.attention.block_size)
+  return cells, align(block_lists.rows(cells))
+
+
+# Each gives cells, and a table of them as markdown.
+TASKS = {"perplexity": _perplexity, "block_lists": _block_lists}
 
 
 def markdown(cells: Sequence[perplexity.Cell]) -> str:
@@ -123,8 +141,7 @@ def align(rows: Sequence[Sequence[str]]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def _write(task: str, cells, subject: subjects.Subject, out: pathlib.Path) -> str:
-  table = markdown(cells)
+def _write(task: str, cells, text: str, subject: subjects.Subject, out: pathlib.Path) -> str:
   backends = {choice.op: {} for choice in subject.backends}
   for choice in subject.backends:
     backends[choice.op][choice.backend] = None
@@ -141,8 +158,8 @@ def _write(task: str, cells, subject: subjects.Subject, out: pathlib.Path) -> st
   )
   out.mkdir(parents=True, exist_ok=True)
   (out / f"{task}.json").write_text(json.dumps(content, indent=2) + "\n")
-  (out / f"{task}.md").write_text(table)
-  return table
+  (out / f"{task}.md").write_text(text)
+  return text
 
 
 def _number(value: float | None, form: str) -> str:

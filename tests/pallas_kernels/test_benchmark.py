@@ -54,8 +54,12 @@ def test_lists_from_a_file(tmp_path):
   lists = np.zeros((T, M), np.int32)
   np.save(tmp_path / "lists.npy", lists)
   np.testing.assert_array_equal(make(str(tmp_path / "lists.npy"))[1, :, 1], lists)
+  layers = np.arange(3)[:, None, None, None] + np.zeros((3, T, 2, M), np.int32)
+  layers[:, :, 1] += 10
+  np.save(tmp_path / "layers.npy", layers)
+  np.testing.assert_array_equal(make(f"{tmp_path}/layers.npy:2")[1], layers[2])
   np.save(tmp_path / "short.npy", lists[:5])
-  with pytest.raises(ValueError, match=r"holds \(5, 3\), not \(128, 3\)"):
+  with pytest.raises(ValueError, match=r"holds \(5, 3\), not \(128, 3\) or \(128, 2, 3\)"):
     make(str(tmp_path / "short.npy"))
   with pytest.raises(ValueError, match="'nothing' is neither"):
     make("nothing")

@@ -11,11 +11,10 @@ import pytest
 
 from configs import base
 import pallas_kernels
-from sparsejax import checkpoint, errors, sharding
-from sparsejax.configuration import build, overrides, record
+from sparsejax import checkpoint, errors
+from sparsejax.configuration import overrides, record
 from sparsejax.evaluation import perplexity, table
 from sparsejax.evaluation import subject as subjects
-from sparsejax.training import state as states
 from tests import small
 
 CELLS = [
@@ -35,28 +34,7 @@ def make_config():
 def saved(tmp_path_factory):
   """A workdir with checkpoints of steps 1 and 5, and the state of the latter."""
   workdir = tmp_path_factory.mktemp("runs") / "tiny"
-  config = make_config()
-  corpus = build.make_corpus(config, workdir / "data")
-  transformer = build.make_model(config, max_documents=corpus.max_documents)
-  optimizer, _ = build.make_optimizer(config)
-  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-  state = states.init_state(transformer, optimizer, mesh, 0)
-  checkpoints = checkpoint.Checkpoints(
-    workdir / "checkpoints", keep_latest=9, keep_every=0, keep_best=0
-  )
-  for step in (1, 5):
-    state = state.replace(
-      step=state.step * 0 + step, params=jax.tree.map(lambda x: x * 1.5, state.params)
-    )
-    about = checkpoint.Record(
-      next_row=0,
-      corpus=corpus.fingerprint,
-      tokenizer=corpus.tokenizer.fingerprint,
-      config=record.as_json(config),
-    )
-    checkpoints.save(state, about, wait=True)
-  checkpoints.close()
-  return workdir, state
+  return workdir, small.save_checkpoints(workdir, make_config(), steps=(1, 5))
 
 
 def test_a_checkpoint_is_restored_from_its_own_config(saved):
@@ -152,7 +130,10 @@ def test_a_place_without_checkpoint_is_refused(tmp_path):
   ("changes", "message"),
   [
     (dict(tasks=("perplexty",)), r"unknown task 'perplexty'\. Did you mean 'perplexity'\?"),
-    (dict(tasks=("perplexity", "z")), r"unknown task 'z'\. There are: perplexity\."),
+    (
+      dict(tasks=("perplexity", "z")),
+      r"unknown task 'z'\. There are: perplexity, block_lists\.",
+    ),
     (dict(modes=("sparce",)), r"unknown mode 'sparce'\. Did you mean 'sparse'\?"),
     (dict(kernels="strikt"), r"unknown --kernels 'strikt'\. Did you mean 'strict'\?"),
   ],
@@ -171,7 +152,7 @@ def asked(monkeypatch):
     calls.append(options)
     return CELLS
 
-  monkeypatch.setitem(table.TASKS, "perplexity", task)
+  monkeypatch.setattr(table.perplexity, "run", task)
   return calls
 
 

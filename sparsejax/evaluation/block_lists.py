@@ -1,0 +1,102 @@
+"""Which blocks a trained model chooses, for those who make them fast.
+
+How alike the lists of neighbouring queries are decides what block-sparse kernels cost: a
+tile of queries loads the union of its lists. `pallas_kernels.benchmark --lists=FILE.npy`
+takes the lists of a layer.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax import errors
+from sparsejax.evaluation import subject as subjects
+
+# Neighbouring queries whose lists are joined.
+TILES = (1, 4, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """The lists of a layer.
+
+  Attributes:
+    layer: its number.
+    unions: blocks that as many neighbouring queries as `TILES` says read together, the mean
+      over tiles and key heads.
+    num_blocks: that there are.
+  """
+
+  layer: int
+  unions: tuple[float, ...]
+  num_blocks: int
+
+
+def choose(subject: subjects.Subject) -> np.ndarray:
+  """The lists of the first validation row, int32 [layers, T, K, M], -1 for empty slots.
+
+  Raises:
+    DataError: no source has a validation split.
+  """
+  sources = [source for source in subject.corpus.sources if source.validation]
+  if not sources:
+    raise errors.DataError(
+      "none of the data has a validation split; prepare it with --validation_fraction above 0."
+    )
+  row = sources[0].validation[0]
+  # Devices share rows: each takes the same one.
+  rows = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], subject.mesh.size, 0), row)
+
+  @jax.jit
+  def look(params, rows):
+    _, seen = subject.transformer.apply(
+      {"params": params},
+      rows.inputs,
+      rows.positions,
+      rows.segments,
+      stream="sparse",
+      mutable=["intermediates"],
+    )
+    return seen
+
+  seen = look(subject.params, jax.tree.map(jnp.asarray, rows))
+  # Somewhere in the layers, by the method's own names.
+  (blocks_LBTKM,) = (
+    value
+    for path, value in jax.tree_util.tree_flatten_with_path(seen)[0]
+    if any(getattr(key, "key", None) == "blocks" for key in path)
+  )
+  return np.asarray(blocks_LBTKM[:, 0])
+
+
+def describe(blocks_LTKM: np.ndarray, block_size: int) -> list[Cell]:
+  """What there is to say about lists of `choose`."""
+  num_blocks = -(-blocks_LTKM.shape[1] // block_size)
+  return [
+    Cell(layer, tuple(mean_union(x, tile) for tile in TILES), num_blocks)
+    for layer, x in enumerate(blocks_LTKM)
+  ]
+
+
+def mean_union(blocks_TKM: np.ndarray, tile: int) -> float:
+  """Blocks that a tile of neighbouring queries reads together, the mean over whole tiles."""
+  length, heads, _ = blocks_TKM.shape
+  unions = [
+    len(np.unique(lists[lists >= 0]))
+    for start in range(0, length - tile + 1, tile)
+    for head in range(heads)
+    for lists in [blocks_TKM[start : start + tile, head]]
+  ]
+  return float(np.mean(unions))
+
+
+def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
+  """Rows of a table, the header first."""
+  header = "layer", *(f"{tile} queries" for tile in TILES), "of blocks"
+  return [
+    header,
+    *((str(c.layer), *(f"{x:.1f}" for x in c.unions), str(c.num_blocks)) for c in cells),
+  ]

@@ -1,0 +1,47 @@
+"""The lists that a trained model chooses, as a task of eval.py."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import base
+from sparsejax.evaluation import block_lists, table
+from tests import small
+
+
+def test_unions_are_those_of_plain_sets():
+  rng = np.random.default_rng(0)
+  blocks = rng.integers(-1, 9, size=(18, 2, 5))
+  sizes = [
+    len({b for b in blocks[start : start + 4, head].ravel() if b >= 0})
+    for start in (0, 4, 8, 12)
+    for head in (0, 1)
+  ]
+  assert block_lists.mean_union(blocks, 4) == pytest.approx(np.mean(sizes))
+
+
+def make_workdir(path, method):
+  config = small.make_config(data__sources=("recall",), attention__method=method)
+  config.data.update(recall_pairs=2, recall_queries=2)
+  small.save_checkpoints(path / method, config)
+  return path / method, config
+
+
+@pytest.mark.parametrize("method", ["ssa", "moba", "full"])
+def test_the_task_saves_the_lists_of_every_layer(tmp_path, method):
+  workdir, config = make_workdir(tmp_path, method)
+  request = table.Request(path=workdir, tasks=("block_lists",))
+  text, out = table.run(request, base.get_config())
+  blocks = np.load(out / "block_lists.npy")
+  length, block_size = config.data.sequence_length, config.attention.block_size
+  layers, heads = config.model.num_hidden_layers, config.model.num_key_value_heads
+  assert blocks.shape == (layers, length, heads, config.attention.num_blocks)
+  # Every query reads its own block and none that comes after it.
+  own = np.arange(length)[None, :, None, None] // block_size
+  assert (blocks == own).any(-1).all()
+  assert (blocks <= own).all()
+  content = json.loads((out / "block_lists.json").read_text())
+  assert [cell["layer"] for cell in content["cells"]] == list(range(layers))
+  assert content["cells"][1]["unions"][2] == block_lists.mean_union(blocks[1], 8)
+  assert f"{content['cells'][0]['unions'][0]:.1f}" in text
