@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import devices, dispatch
+from pallas_kernels import devices, dispatch, positions
 from pallas_kernels.block_selection import by_key, mosaic_gpu, plan, reference, xla
 from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.pooling import Pooling
@@ -176,12 +176,7 @@ def _check_arrays(problem: Problem, query_offset) -> None:
     raise ValueError(f"keys must be {(b, s, k, d)}, got {k_BSKD.shape}")
   if h % k:
     raise ValueError(f"{h} query heads do not group over {k} key heads")
-  last = t + query_offset if isinstance(query_offset, int) else t
-  if last > s or (isinstance(query_offset, int) and query_offset < 0):
-    raise ValueError(
-      f"{t} queries from {query_offset=} on do not lie within {s} keys; a query is at the "
-      "position of a key"
-    )
+  positions.check(t, s, query_offset)
   if segments_BS is not None and segments_BS.shape != (b, s):
     raise ValueError(f"segments must be {(b, s)}, got {segments_BS.shape}")
   if key_score_BSK is not None and key_score_BSK.shape != (b, s, k):

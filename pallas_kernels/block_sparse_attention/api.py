@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import devices, dispatch
+from pallas_kernels import devices, dispatch, positions
 from pallas_kernels.block_sparse_attention import mosaic_gpu, reference, triton_gpu, xla
 from pallas_kernels.block_sparse_attention import problem as problems
 from pallas_kernels.dispatch import Shaped
@@ -155,11 +155,6 @@ def _check(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, query_offset, segments_BS, block
     raise ValueError(f"blocks must be {(b, t, k)} + (M,), got {blocks_BTKM.shape}")
   if not jnp.issubdtype(blocks_BTKM.dtype, jnp.integer):
     raise ValueError(f"blocks must be integers, got {blocks_BTKM.dtype}")
-  last = t + query_offset if isinstance(query_offset, int) else t
-  if last > s or (isinstance(query_offset, int) and query_offset < 0):
-    raise ValueError(
-      f"{t} queries from {query_offset=} on do not lie within {s} keys; a query is at the "
-      "position of a key"
-    )
+  positions.check(t, s, query_offset)
   if segments_BS is not None and segments_BS.shape != (b, s):
     raise ValueError(f"segments must be {(b, s)}, got {segments_BS.shape}")
