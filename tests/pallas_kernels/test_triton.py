@@ -68,7 +68,14 @@ def lists(request):
   )
   shape = triton_shape.of(problem, made.block_size, 1.0)
 
-  first_BT = triton_lists.first_keys(problem)
+  @jax.jit
+  def lists_of(problem):
+    first_BT = triton_lists.first_keys(problem)
+    query = triton_lists.query_lists(problem, first_BT, shape)
+    return first_BT, query, triton_lists.key_lists(query, shape)
+
+  first_BT, query, key = lists_of(problem)
+  first_BT = np.asarray(first_BT)
   per_unit = shape.grouping.tokens_per_unit
   listed = [{} for _ in range(shape.num_rows * shape.grouping.num_units)]
   blocks = np.asarray(problem.blocks_BTKM)
@@ -83,8 +90,7 @@ def lists(request):
       tokens = listed[row * shape.grouping.num_units + t // per_unit]
       tokens[block] = tokens.get(block, 0) | 1 << t % per_unit
 
-  query = triton_lists.query_lists(problem, first_BT, shape)
-  return shape, listed, query, triton_lists.key_lists(query, shape)
+  return shape, listed, query, key
 
 
 def test_units_list_what_their_tokens_see(lists):

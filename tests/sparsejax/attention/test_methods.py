@@ -139,10 +139,14 @@ def test_training_runs_the_stream_that_the_method_is_for():
 def test_gradients_are_finite_in_bfloat16(method, stream):
   inputs = make_inputs()
   run, x_BTE = make_run(make_layer(method, dtype="bfloat16"), inputs, stream)
-  out_BTE, align = run(x_BTE)
+
+  def total(x_BTE):
+    out_BTE, align = run(x_BTE)
+    return out_BTE.astype(jnp.float32).sum() + align, (out_BTE, align)
+
+  gradient, (out_BTE, align) = jax.grad(total, has_aux=True)(x_BTE)
   assert out_BTE.dtype == jnp.bfloat16
   assert align.dtype == jnp.float32
-  gradient = jax.grad(lambda x: run(x)[0].astype(jnp.float32).sum() + run(x)[1])(x_BTE)
   assert jnp.isfinite(gradient).all()
   assert gradient.any()
 
