@@ -41,6 +41,11 @@ def make(b, t, h, k, d, block_size, m, *, offset=0, segments=None, seed=0, **rul
   return Problem(q, k, jnp.int32(offset), segments, None), Rules(**options | rules)
 
 
+def later(*case, **extras):
+  """A problem that is made when it is asked for."""
+  return functools.partial(make, *case, **extras)
+
+
 def select(choose, problem, rules):
   bounds = plan.bounds(problem, rules)
   chosen = choose(problem, rules, bounds, plan.spans(bounds, rules))
@@ -48,23 +53,24 @@ def select(choose, problem, rules):
 
 
 INTERPRETED = {  # the problem, and how the kernel is laid out
-  "several_tiles": (make(1, 77, 16, 2, 64, 8, 4), {}),
-  "an_odd_head": (make(1, 40, 3, 1, 64, 8, 3, segments=0.1), {}),
+  "several_tiles": (later(1, 77, 16, 2, 64, 8, 4), {}),
+  "an_odd_head": (later(1, 40, 3, 1, 64, 8, 3, segments=0.1), {}),
   "segments_of_windows": (
-    make(1, 40, 2, 1, 64, 4, 5, num_initial=1, num_local=2, segments=0.005, offset=600),
+    later(1, 40, 2, 1, 64, 4, 5, num_initial=1, num_local=2, segments=0.005, offset=600),
     dict(segment=64, stages=1, pairs=1),
   ),
   "heads_in_rounds": (
-    make(1, 40, 5, 1, 64, 8, 4, pooling=poolings.infllm_v2(8), num_local=2, offset=400),
+    later(1, 40, 5, 1, 64, 8, 4, pooling=poolings.infllm_v2(8), num_local=2, offset=400),
     dict(segment=128, stages=2, pairs=1),
   ),
-  "half_local": (make(1, 70, 2, 1, 128, 8, 4, rule="half_local"), {}),
+  "half_local": (later(1, 70, 2, 1, 128, 8, 4, rule="half_local"), {}),
 }
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_it_chooses_as_xla_does_without_races(name, monkeypatch):
-  (problem, rules), layout = INTERPRETED[name]
+  make_problem, layout = INTERPRETED[name]
+  problem, rules = make_problem()
   if layout:
     monkeypatch.setattr(mosaic_gpu, "config", lambda *_: mosaic_gpu_tile.Config(**layout))
   interpret = plgpu.InterpretGPUParams(detect_races=True)
@@ -132,9 +138,9 @@ def test_float32_is_refused():
 
 
 ON_GPU = {
-  "ssa": make(2, 2048, 32, 2, 64, 16, 16),
-  "many_segments": make(1, 16384, 16, 1, 64, 16, 16),
-  "nosa": make(
+  "ssa": later(2, 2048, 32, 2, 64, 16, 16),
+  "many_segments": later(1, 16384, 16, 1, 64, 16, 16),
+  "nosa": later(
     1,
     4096,
     32,
@@ -146,9 +152,9 @@ ON_GPU = {
     num_initial=1,
     num_local=17,
   ),
-  "documents": make(2, 1001, 12, 2, 64, 16, 8, segments=0.01, offset=55),
-  "two_rounds": make(1, 1000, 32, 1, 128, 32, 8),
-  "half_local": make(1, 1024, 8, 2, 64, 16, 16, rule="half_local"),
+  "documents": later(2, 1001, 12, 2, 64, 16, 8, segments=0.01, offset=55),
+  "two_rounds": later(1, 1000, 32, 1, 128, 32, 8),
+  "half_local": later(1, 1024, 8, 2, 64, 16, 16, rule="half_local"),
 }
 
 
@@ -175,7 +181,7 @@ def test_it_fits_in_shared_memory(d, heads, num_slots):
 @pytest.mark.parametrize("name", ON_GPU)
 def test_on_a_gpu_it_chooses_as_xla_does(name):
   """But for scores so close that rounding decides."""
-  problem, rules = ON_GPU[name]
+  problem, rules = ON_GPU[name]()
   lists = np.asarray(select(mosaic_gpu.choose, problem, rules))
   expected = np.asarray(select(xla.choose, problem, rules))
   np.testing.assert_array_equal((lists >= 0).sum(-1), (expected >= 0).sum(-1))
@@ -200,7 +206,7 @@ def test_on_a_gpu_our_own_barriers_change_nothing(name, monkeypatch):
   lists = []
   for own in (False, True):
     monkeypatch.setattr(mosaic_gpu, "OWN_BARRIERS", own)
-    lists.append(np.asarray(select(mosaic_gpu.choose, *ON_GPU[name])))
+    lists.append(np.asarray(select(mosaic_gpu.choose, *ON_GPU[name]())))
   np.testing.assert_array_equal(*lists)
 
 
