@@ -17,8 +17,17 @@ from pallas_kernels import mosaic_thread as thread
 from pallas_kernels.block_lists import query_tiles, units
 
 _WARPS = 4
+# Bytes of a multiprocessor's shared memory, less what the rounding of three arrays takes.
+_SHARED_MEMORY = 224 * 1024
 _PLAIN = plgpu.RefType()
 _SCALAR = plgpu.Layout.WG_SPLAT
+
+
+def has_room(num_slots: int, num_blocks: int, units_per_tile: int) -> bool:
+  """Whether shared memory holds lists of so many slots, and bits for so many blocks."""
+  width = query_tiles.width(min(num_slots, num_blocks))
+  numbers = units_per_tile * (num_slots + width) + 2 * _num_words(num_blocks)
+  return 4 * _WARPS * numbers <= _SHARED_MEMORY
 
 
 def lists(
@@ -51,9 +60,9 @@ def lists(
   (b, _, k, m), num_units = blocks_BTKM.shape, grouping.num_units
   num_rows, tiles_per_row = b * k, -(-num_units // units_per_tile)
   num_tiles = num_rows * tiles_per_row
-  width = query_tiles.width(m)
+  width = query_tiles.width(min(m, num_blocks))
   length = query_tiles.length(num_blocks, units_per_tile * m)
-  num_words = 32 * -(-num_blocks // (32 * 32))
+  num_words = _num_words(num_blocks)
   sizes = _Sizes(
     num_heads=k,
     num_slots=m,
@@ -99,7 +108,7 @@ def lists(
 
   is_entry_RUE = entries_RUE < query_tiles.END
   blocks_RUE = jnp.where(is_entry_RUE, entries_RUE >> query_tiles.PLACE_BITS, units.NONE)
-  blocks_RUE = blocks_RUE[:, :num_units, :m]
+  blocks_RUE = blocks_RUE[:, :num_units, : min(m, num_blocks)]
   first_BU, last_BU = units.seen_by_all(first_BT, position_T, grouping)
   unit_lists = units.UnitLists(
     blocks_RUE, (blocks_RUE < units.NONE).astype(jnp.int32), first_BU, last_BU
@@ -108,6 +117,11 @@ def lists(
     union_RXC, count_RX, entries_RUE, is_entry_RUE.astype(jnp.int32)
   )
   return unit_lists, tiles
+
+
+def _num_words(num_blocks: int) -> int:
+  """Words with a bit for every block, a multiple of 32."""
+  return 32 * -(-num_blocks // (32 * 32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

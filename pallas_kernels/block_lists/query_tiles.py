@@ -15,6 +15,8 @@ END = 2**31 - 1
 GROUP = 4
 # Kernels fetch the union so many numbers at a time.
 CHUNK = 32
+# A copy to shared memory brings at most so many numbers of a row.
+COPY = 256
 
 
 class QueryTiles(NamedTuple):
@@ -51,8 +53,10 @@ def length(num_blocks: int, num_slots: int) -> int:
 
 def width(num_slots: int) -> int:
   """Room for the entries of a unit with so many slots."""
-  # Rows of a multiple of 32 bytes, with room for a group after the last entry.
-  return -(-(num_slots + GROUP) // 8) * 8
+  # Rows of a multiple of 32 bytes, with room for a group after the last entry; those that
+  # are copied in pieces, of 128 bytes.
+  whole = 8 if num_slots + GROUP <= COPY else 32
+  return -(-(num_slots + GROUP) // whole) * whole
 
 
 def query_tiles(lists: units.UnitLists, *, units_per_tile: int, num_blocks: int) -> QueryTiles:

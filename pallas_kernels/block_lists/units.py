@@ -40,7 +40,8 @@ class UnitLists(NamedTuple):
   """Blocks that each unit reads.
 
   Attributes:
-    blocks_RUE: numbers in ascending order, `NONE` where there are no more.
+    blocks_RUE: numbers in ascending order, `NONE` where there are no more; E is what the
+      unit's tokens list in all, but not more than there are blocks.
     tokens_RUE: bit i says whether the unit's i-th token lists the block.
     first_BU: first key that every token of the unit may see.
     last_BU: last key that every token of the unit may see.
@@ -85,6 +86,7 @@ def unit_lists(
   lists_RUIM = blocks_BTKM.reshape(b, num_groups, per_unit, k, m).transpose(0, 3, 1, 2, 4)
   lists_RUIM = lists_RUIM.reshape(b * k, num_groups, per_unit, m)
   blocks_RUE = sorted_without_repeats(lists_RUIM.reshape(b * k, num_groups, per_unit * m))
+  blocks_RUE = blocks_RUE[..., :num_blocks]
   if per_unit == 1:
     tokens_RUE = (blocks_RUE < NONE).astype(jnp.int32)
   else:

@@ -7,7 +7,11 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import problem as problems
-from pallas_kernels.block_sparse_attention.mosaic_gpu_call import Call
+from pallas_kernels.block_sparse_attention.mosaic_gpu_call import (
+  Call,
+  entries_per_unit,
+  query_config,
+)
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import UNIT
 from pallas_kernels.block_sparse_attention.xla import RESIDUAL_NAME
 
@@ -27,6 +31,9 @@ def why_not(problem: problems.Problem, block_size: int) -> str | None:
     return f"takes blocks of {BLOCK_SIZES} keys, not {block_size}"
   if heads > 2 * UNIT:
     return f"takes up to {2 * UNIT} query heads per key head, not {heads}"
+  entries = entries_per_unit(problem, block_size)
+  if query_config(d, 2, entries).stages < 2:
+    return f"has no room in shared memory for lists of {entries} blocks of {UNIT} rows together"
   return None
 
 

@@ -24,21 +24,30 @@ INTERPRETED_WORKERS = 2
 OWN_BARRIERS = False
 # Whether kernels deal units into windows: not before they have run on a GPU.
 KERNELS_DEAL = False
+# Bytes of a multiprocessor's shared memory, less what barriers and small arrays take.
+_SHARED_MEMORY = 208 * 1024
 _LOG2E = 1.4426950408889634
 
 
-def query_config(head_dim: int, num_operands: int) -> mosaic_gpu_walk.Config:
+def query_config(
+  head_dim: int, num_operands: int, entries_per_unit: int
+) -> mosaic_gpu_walk.Config:
   """How a kernel over query tiles is laid out; tiles are the same in all of them.
 
   Args:
     head_dim: D.
-    num_operands: arrays of queries' rows in shared memory, which take room from the ring.
+    num_operands: arrays of queries' rows in shared memory.
+    entries_per_unit: of its list. Long lists take room from the ring.
   """
-  if head_dim == 64:
-    stages = 8
-    return mosaic_gpu_walk.Config(warpgroups=3, stages=stages, registers=160)
-  stages = 4
-  return mosaic_gpu_walk.Config(warpgroups=2, stages=stages, registers=208)
+  warpgroups, most_stages, registers = (3, 8, 160) if head_dim == 64 else (2, 4, 208)
+  units = 4 * warpgroups
+  rows = 2 * head_dim * UNIT * units * num_operands
+  # Entries and what tokens read of them, of a tile and of the one after it.
+  lists = 2 * 2 * 4 * units * query_tiles.width(entries_per_unit)
+  stages = (_SHARED_MEMORY - rows - lists) // (2 * 2 * head_dim * STEP)
+  return mosaic_gpu_walk.Config(
+    warpgroups=warpgroups, stages=min(stages, most_stages), registers=registers
+  )
 
 
 def key_config(head_dim: int) -> mosaic_gpu_dkv.Config:
@@ -46,6 +55,16 @@ def key_config(head_dim: int) -> mosaic_gpu_dkv.Config:
   if head_dim == 64:
     return mosaic_gpu_dkv.Config(warpgroups=3, stages=8, units_per_stage=4, registers=160)
   return mosaic_gpu_dkv.Config(warpgroups=2, stages=4, units_per_stage=4, registers=208)
+
+
+def entries_per_unit(problem: problems.Problem, block_size: int) -> int:
+  """Blocks, as kernels take them, that the list of a unit has room for."""
+  (_, t, h, _), (_, s, k, _) = problem.q_BTHD.shape, problem.k_BSKD.shape
+  parts = block_size // min(block_size, STEP)
+  listed = (
+    packing.Packing(t, h // k, k).grouping.tokens_per_unit * problem.blocks_BTKM.shape[-1]
+  )
+  return parts * min(listed, -(-s // block_size))
 
 
 class Call:
@@ -61,7 +80,8 @@ class Call:
     kernel_block = min(block_size, STEP)
     self._parts_of_block = block_size // kernel_block
     self._num_blocks = -(-s // block_size) * self._parts_of_block
-    self._forward_config, self._dq_config = query_config(d, 1), query_config(d, 2)
+    entries = entries_per_unit(problem, block_size)
+    self._forward_config, self._dq_config = (query_config(d, n, entries) for n in (1, 2))
     self._key_config = key_config(d)
     self._num_keys = s
     shape = Shape(
@@ -101,7 +121,9 @@ class Call:
       num_blocks=self._num_blocks,
     )
     # The kernel takes units of single tokens, and has nothing that the interpreter knows.
-    if not self._shape.has_tokens and not self._shape.interpreted:
+    is_for_kernel = not self._shape.has_tokens and not self._shape.interpreted
+    num_slots = arrays[0].shape[-1]
+    if is_for_kernel and lists_on_gpu.has_room(num_slots, self._num_blocks, units_per_tile):
       return lists_on_gpu.lists(*arrays, units_per_tile=units_per_tile, **sizes)
     unit_lists = units.unit_lists(*arrays, **sizes)
     return unit_lists, query_tiles.query_tiles(

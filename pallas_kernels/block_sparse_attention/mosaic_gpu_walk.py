@@ -155,7 +155,9 @@ def call(
     set_up(walk, shape, thread, {"ready": num_ready, "filled": num_filled})
     run_threads(thread, num_threads, config.registers, compute, fetch)
 
-  num_ready = 3 + shape.has_tokens + num_copies
+  num_pieces = -(-width // query_tiles.COPY)
+  num_list_copies = 1 if num_pieces == 1 else num_pieces * warps.per_thread
+  num_ready = 2 + (1 + shape.has_tokens) * num_list_copies + num_copies
   num_filled = (2 + shape.has_bias) * shape.group
 
   walk = dict(
@@ -246,14 +248,23 @@ class Tile:
   def copies(self):
     """What the walk needs of the thread's units."""
     b, _ = self.shape.batch_and_head(self.row)
-    gmem, width = self.gmem, self.gmem.entries_RUE.shape[-1]
-    units = pl.ds(self.first_unit, self.shape.warps.per_thread)
-    own = self.row, units, pl.ds(0, width)
-    yield gmem.entries_RUE, own, self.own("entries")
+    gmem = self.gmem
+    yield from self._copies_of_lists(gmem.entries_RUE, self.own("entries"))
     yield gmem.first_BL, (b, self.lines), self.own("first")
     yield gmem.position_BL, (b, self.lines), self.own("position")
     if self.shape.has_tokens:
-      yield gmem.tokens_RUE, own, self.own("tokens")
+      yield from self._copies_of_lists(gmem.tokens_RUE, self.own("tokens"))
+
+  def _copies_of_lists(self, array_RUE, target):
+    """Copies of the lists of the thread's units: one, or pieces of each where they are long."""
+    width, num_units = array_RUE.shape[-1], self.shape.warps.per_thread
+    if width <= query_tiles.COPY:
+      yield array_RUE, (self.row, pl.ds(self.first_unit, num_units), pl.ds(0, width)), target
+      return
+    for n in range(num_units):
+      for start in range(0, width, query_tiles.COPY):
+        piece = pl.ds(start, min(query_tiles.COPY, width - start))
+        yield array_RUE, (self.row, self.first_unit + n, piece), target.at[n, piece]
 
   def walk(self, step: Callable[["Group", Any], Any], start: Any) -> Any:
     """Carries `start` through `step(group, carry)` for all groups of each warp's list."""

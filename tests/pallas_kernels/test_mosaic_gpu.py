@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_attention, devices
+from pallas_kernels.block_lists import query_tiles
 from pallas_kernels.block_sparse_attention import (
   mosaic_gpu,
   mosaic_gpu_call,
@@ -77,6 +78,8 @@ def test_interpreted_it_matches_the_reference_without_races(name, small, monkeyp
     # More than there is work for: those without any must not be counted in.
     monkeypatch.setattr(mosaic_gpu_call, "INTERPRETED_WORKERS", 5)
     problem = with_a_border_inside_a_block(problem)
+    # Lists count as long, and are copied in pieces.
+    monkeypatch.setattr(query_tiles, "COPY", 4)
   interpret = plgpu.InterpretGPUParams(detect_races=True)
   actual = problems.run(
     problem, dtype=jnp.bfloat16, attend=functools.partial(attend, interpret=interpret)
@@ -138,14 +141,18 @@ def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras, monk
     (dict(d=96), r"head sizes \(64, 128\), not 96"),
     (dict(block_size=8), r"blocks of \(16, 32, 64, 128\) keys, not 8"),
     (dict(heads=33), "up to 32 query heads per key head, not 33"),
+    (dict(heads=2, length=16384, num_blocks=200), "no room in shared memory for lists of 1024"),
+    (dict(heads=1, length=8192, num_blocks=16), None),
     (dict(), None),
   ],
 )
 def test_what_it_cannot_take_is_said(change, message):
   d, heads = change.get("d", 64), change.get("heads", 16)
-  q = jnp.zeros((1, 16, heads, d), change.get("dtype", jnp.bfloat16))
-  k = jnp.zeros((1, 16, 1, d), q.dtype)
-  problem = Problem(q, k, k, jnp.zeros((1, 16, 1, 1), int), jnp.int32(0), None, None)
+  length, num_blocks = change.get("length", 16), change.get("num_blocks", 1)
+  q = jnp.zeros((1, length, heads, d), change.get("dtype", jnp.bfloat16))
+  k = jnp.zeros((1, length, 1, d), q.dtype)
+  blocks = jnp.zeros((1, length, 1, num_blocks), int)
+  problem = Problem(q, k, k, blocks, jnp.int32(0), None, None)
   why = mosaic_gpu.why_not(problem, change.get("block_size", 16))
   if message is None:
     assert why is None
@@ -172,6 +179,8 @@ ON_GPU = {  # B, T, H, K, D, block_size, M, and extras
   "nosa": ((1, 1024, 32, 2, 128, 64, 8), {}),
   "everything": ((2, 900, 32, 2, 64, 16, 16), dict(documents=True, offset=300, bias=True)),
   "everything_at_128": ((1, 500, 8, 2, 128, 64, 4), dict(documents=True, offset=77, bias=True)),
+  "long_lists": ((1, 200, 4, 2, 64, 16, 40), dict(offset=4096, bias=True)),
+  "long_lists_of_a_token": ((1, 60, 32, 2, 64, 16, 300), dict(offset=5000)),
   **{f"{g}_heads": ((1, 333, g * 2, 2, 64, 16, 6), {}) for g in (1, 2, 3, 4, 8, 16, 32)},
   **{
     f"blocks_of_{size}_at_{d}": ((1, 777, 16, 1, d, size, 4), {})
