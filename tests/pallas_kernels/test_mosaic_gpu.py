@@ -79,7 +79,7 @@ def test_interpreted_it_matches_the_reference_without_races(name, small, monkeyp
     monkeypatch.setattr(mosaic_gpu_call, "INTERPRETED_WORKERS", 5)
     problem = with_a_border_inside_a_block(problem)
     # Lists count as long, and are copied in pieces.
-    monkeypatch.setattr(query_tiles, "COPY", 4)
+    monkeypatch.setattr(query_tiles, "COPY", 2)
   interpret = plgpu.InterpretGPUParams(detect_races=True)
   actual = problems.run(
     problem, dtype=jnp.bfloat16, attend=functools.partial(attend, interpret=interpret)
