@@ -149,33 +149,22 @@ class _Warp:
 
   def count(self, blocks, counts) -> None:
     """Writes how many units of the stretch read each tile."""
-    sizes, per_row = self.sizes, self.sizes.tiling.tiles_per_row
+    per_row = self.sizes.tiling.tiles_per_row
     zero, one = thread.i32(0), thread.i32(1)
     thread.for_lanes(per_row, lambda x: thread.store_shared(self._of_tile(0, x), zero))
     mgpu_utils.warp_barrier()
 
-    def add(unit):
-      def step(e, before):
-        tile, _ = self._entry(blocks, unit, e)
+    def add(tile):
+      mgpu_utils.inline_ptx(
+        "red.shared.add.u32 [$0], $1;", self._of_tile(0, tile), one, has_side_effects=True
+      )
 
-        def count():
-          mgpu_utils.inline_ptx(
-            "red.shared.add.u32 [$0], $1;", self._of_tile(0, tile), one, has_side_effects=True
-          )
-
-        self._if_other(tile, before, count)
-        return tile
-
-      thread.loop(sizes.num_entries, step, thread.i32(per_row))
-
-    self._for_batches(add)
+    self._for_batches(lambda unit: self._for_tiles(blocks, unit, add))
     mgpu_utils.warp_barrier()
-    first = thread.multiply(self.row, sizes.stretches)
-    first = thread.multiply(thread.add(first, self.stretch), per_row)
 
     def write(x):
       count = thread.load_shared(self._of_tile(0, x))
-      thread.store_global(counts, thread.add(first, x), count)
+      thread.store_global(counts, self._in_stretch(x), count)
 
     thread.for_lanes(per_row, write)
 
@@ -185,11 +174,10 @@ class _Warp:
     zero = thread.i32(0)
     out = _Windows(num_units, first_window, units, pieces)
     row_tile = thread.multiply(self.row, per_row)
-    start = thread.multiply(self.row, sizes.stretches)
-    start = thread.multiply(thread.add(start, self.stretch), per_row)
 
     def begin(x):
-      thread.store_shared(self._of_tile(0, x), thread.load_global(before, thread.add(start, x)))
+      rank = thread.load_global(before, self._in_stretch(x))
+      thread.store_shared(self._of_tile(0, x), rank)
       thread.store_shared(self._of_tile(1, x), zero)
 
     thread.for_lanes(per_row, begin)
@@ -197,21 +185,14 @@ class _Warp:
     bit = arith.shli(thread.i32(1), thread.lane())
     lower = thread.lower_bits(thread.lane())
 
+    def mark(tile):
+      mgpu_utils.inline_ptx(
+        "red.shared.or.b32 [$0], $1;", self._of_tile(1, tile), bit, has_side_effects=True
+      )
+
     def put(unit):
       mgpu_utils.warp_barrier()
-
-      def mark(e, before_tile):
-        tile, _ = self._entry(blocks, unit, e)
-
-        def set_bit():
-          mgpu_utils.inline_ptx(
-            "red.shared.or.b32 [$0], $1;", self._of_tile(1, tile), bit, has_side_effects=True
-          )
-
-        self._if_other(tile, before_tile, set_bit)
-        return tile
-
-      thread.loop(sizes.num_entries, mark, thread.i32(per_row))
+      self._for_tiles(blocks, unit, mark)
       mgpu_utils.warp_barrier()
       place = thread.add(thread.multiply(b, sizes.num_units), self._clamped(unit))
       own_first = thread.load_global(first, place)
@@ -270,6 +251,22 @@ class _Warp:
       return carry
 
     thread.loop(self.sizes.batches, step, thread.i32(0))
+
+  def _for_tiles(self, blocks, unit, body: Callable) -> None:
+    """Calls `body(tile)` for every tile that a unit reads, once."""
+
+    def step(e, before):
+      tile, _ = self._entry(blocks, unit, e)
+      self._if_other(tile, before, lambda: body(tile))
+      return tile
+
+    no_tile = thread.i32(self.sizes.tiling.tiles_per_row)
+    thread.loop(self.sizes.num_entries, step, no_tile)
+
+  def _in_stretch(self, tile):
+    """Where the stretch's number for a tile lies in an array [R, C, X]."""
+    stretch = thread.add(thread.multiply(self.row, self.sizes.stretches), self.stretch)
+    return thread.add(thread.multiply(stretch, self.sizes.tiling.tiles_per_row), tile)
 
   def _of_tile(self, array: int, tile):
     """The address of a tile's number."""
