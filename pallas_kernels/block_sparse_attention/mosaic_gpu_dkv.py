@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic_ring
 from pallas_kernels.block_lists import key_tiles
+from pallas_kernels.block_sparse_attention import mosaic_gpu_threads as threads
 from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as walk
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import UNIT, Shape
 
@@ -133,7 +134,7 @@ def dkv(
       window = jnp.maximum(gmem["first_window"][tile], first)
       end = jnp.minimum(gmem["first_window"][tile + 1], last)
       before = (window - first) * per_window
-      ring = walk.ring_of(smem, config.stages, shape, thread, before)
+      ring = threads.ring_of(smem, config.stages, shape, thread, before)
       return Share(shape, config, gmem, smem, ring, tile, tiles_per_row, window, end)
 
     def for_all_shares(function):
@@ -163,10 +164,10 @@ def dkv(
     def fetch():
       for_all_shares(lambda share: share.stream())
       in_all = (last - first) * per_window
-      walk.ring_of(smem, config.stages, shape, thread, in_all).drain()
+      threads.ring_of(smem, config.stages, shape, thread, in_all).drain()
 
-    walk.set_up(smem, shape, thread, {"filled": num_filled})
-    walk.run_threads(thread, num_threads, config.registers, compute, fetch)
+    threads.set_up(smem, shape, thread, {"filled": num_filled})
+    threads.run(thread, num_threads, config.registers, compute, fetch)
 
   num_filled = 3 * config.units_per_stage
   num_sums = num_tiles + shape.num_workers
@@ -178,7 +179,7 @@ def dkv(
     q=walk.tiled((slots * UNIT, d)),
     dout=walk.tiled((slots * UNIT, d)),
     numbers=plgpu.SMEM((slots, 4 * UNIT), jnp.float32),
-    **walk.ring_scratch(config.stages, num_filled, shape, num_threads),
+    **threads.ring_scratch(config.stages, num_filled, shape, num_threads),
   )
   if shape.has_bias:
     smem["bias"] = plgpu.SMEM((num_threads, rows), jnp.float32)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic_barrier, mosaic_inline, mosaic_ring
 from pallas_kernels.block_lists import query_tiles
+from pallas_kernels.block_sparse_attention import mosaic_gpu_threads as threads
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import UNIT, Shape
 
 # Far below any score, and still finite after the subtraction of another one.
@@ -117,7 +118,7 @@ def call(
       row, x = lax.rem(number, num_rows), lax.div(number, num_rows)
       count = gmem.count_RX[row, x]
       num_stages = lax.div(count + shape.group - 1, jnp.int32(shape.group))
-      ring = ring_of(walk, config.stages, shape, thread, before)
+      ring = threads.ring_of(walk, config.stages, shape, thread, before)
       return Tile(shape, config, gmem, walk, ring, row, x, num_stages, thread, i & 1)
 
     def compute():
@@ -150,10 +151,10 @@ def call(
         return before + tile.num_stages
 
       in_all = lax.fori_loop(0, num_own, stream, jnp.int32(0))
-      ring_of(walk, config.stages, shape, thread, in_all).drain()
+      threads.ring_of(walk, config.stages, shape, thread, in_all).drain()
 
-    set_up(walk, shape, thread, {"ready": num_ready, "filled": num_filled})
-    run_threads(thread, num_threads, config.registers, compute, fetch)
+    threads.set_up(walk, shape, thread, {"ready": num_ready, "filled": num_filled})
+    threads.run(thread, num_threads, config.registers, compute, fetch)
 
   num_pieces = -(-width // query_tiles.COPY)
   num_list_copies = 1 if num_pieces == 1 else num_pieces * warps.per_thread
@@ -168,7 +169,7 @@ def call(
     first=plgpu.SMEM((2, num_threads, warps.rows), jnp.int32),
     position=plgpu.SMEM((2, num_threads, warps.rows), jnp.int32),
     ready=mosaic_barrier.scratch(num_threads, num_ready, shape.own_barriers),
-    **ring_scratch(config.stages, num_filled, shape, num_threads),
+    **threads.ring_scratch(config.stages, num_filled, shape, num_threads),
   )
   if shape.has_tokens:
     walk["tokens"] = walk["entries"]
@@ -438,56 +439,6 @@ def token_of_row(shape: Shape, axis: int = 0):
   """[rows, 16]: which of its unit's tokens each row (or column) belongs to."""
   rows_per_token = UNIT // shape.tokens_per_unit
   return lax.div(shape.warps.iota(axis) & (UNIT - 1), jnp.int32(rows_per_token))
-
-
-def ring_scratch(num_stages: int, num_filled: int, shape: Shape, num_threads: int) -> dict:
-  """What a ring needs of shared memory, for stages of `num_filled` copies."""
-  if shape.own_barriers:
-    free = plgpu.SMEM((num_threads * shape.warps.per_thread,), jnp.int32)
-  else:
-    free = plgpu.Barrier(num_arrivals=num_threads, num_barriers=num_stages)
-  filled = mosaic_barrier.scratch(num_stages, num_filled, shape.own_barriers)
-  return dict(filled=filled, free=free, set_up=plgpu.Barrier(num_arrivals=num_threads + 1))
-
-
-def ring_of(smem: dict, num_stages: int, shape: Shape, thread, before) -> mosaic_ring.Ring:
-  """The ring of `ring_scratch` as a stretch of a thread's work sees it."""
-  filled = mosaic_barrier.Barriers(smem["filled"], shape.own_barriers, by_warp=True)
-  reader = thread * shape.warps.per_thread + shape.warps.index()
-  return mosaic_ring.Ring(filled, smem["free"], num_stages, before, reader)
-
-
-def set_up(smem: dict, shape: Shape, thread, num_copies: dict[str, int]) -> None:
-  """Sets up our own barriers, by name, of so many copies, and the ring's counters."""
-  if not shape.own_barriers:
-    return
-
-  @pl.when(thread == 0)
-  def _initialize():
-    barriers = [(smem[name], num) for name, num in num_copies.items()]
-    mosaic_barrier.initialize(barriers, [smem["free"]])
-
-  plgpu.barrier_arrive(smem["set_up"])
-  plgpu.barrier_wait(smem["set_up"])
-
-
-def run_threads(thread, num_threads, registers, compute, fetch) -> None:
-  """The computing threads, and one warp of the last thread to fetch for them."""
-
-  @pl.when(thread < num_threads)
-  def _compute():
-    plgpu.set_max_registers(registers, action="increase")
-    compute()
-
-  @pl.when(thread == num_threads)
-  def _fetch():
-    plgpu.set_max_registers(24, action="decrease")
-
-    @plgpu.warp_map
-    def _one(warp):
-      @pl.when(warp == 0)
-      def _():
-        fetch()
 
 
 def tiled(shape):
