@@ -16,9 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels import devices, mosaic_top
-from pallas_kernels.block_selection import mosaic_gpu_tile, plan
+from pallas_kernels.block_selection import mosaic_gpu_sizes, mosaic_gpu_tile, plan
 from pallas_kernels.block_selection import pooling as poolings
-from pallas_kernels.block_selection.mosaic_gpu_tile import (
+from pallas_kernels.block_selection.mosaic_gpu_sizes import (
   HALO,
   MOST_SHARED,
   ROWS,
@@ -119,7 +119,7 @@ class _Call:
       halo=HALO,
       most_blocks=layout.segment * pooling.stride // size + extra,
     )
-    self.sizes = mosaic_gpu_tile.Sizes(
+    self.sizes = mosaic_gpu_sizes.Sizes(
       config=layout,
       head_dim=d,
       num_heads=h // k,
@@ -218,18 +218,18 @@ class _Call:
       def work(i, done):
         return tile_of(i).run(lambda: begin(i + 1), done)
 
-      mosaic_gpu_tile.set_up(self.sizes, smem, wg)
+      mosaic_gpu_sizes.set_up(self.sizes, smem, wg)
       begin(jnp.int32(0))
-      lax.fori_loop(0, num_own, work, mosaic_gpu_tile.nothing_done())
+      lax.fori_loop(0, num_own, work, mosaic_gpu_sizes.nothing_done())
 
     return plgpu.kernel(
       body,
       out_type=out_type if len(out_type) > 1 else out_type[0],
       grid=(self.num_workers,),
       grid_names=("worker",),
-      num_threads=mosaic_gpu_tile.WARPGROUPS,
+      num_threads=mosaic_gpu_sizes.WARPGROUPS,
       thread_name="warpgroup",
-      scratch_types=dict(smem=mosaic_gpu_tile.scratch(self.sizes, slots)),
+      scratch_types=dict(smem=mosaic_gpu_sizes.scratch(self.sizes, slots)),
       compiler_params=plgpu.CompilerParams(approx_math=True),
       interpret=self.interpret,
     )(q_BTHD, keys_BKWD, bounds_BXCL, ranges_BXCT)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_selection import mosaic_gpu, mosaic_gpu_tile, plan, xla
+from pallas_kernels.block_selection import mosaic_gpu, mosaic_gpu_sizes, plan, xla
 from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.problem import Problem, Rules
 
@@ -72,7 +72,7 @@ def test_interpreted_it_chooses_as_xla_does_without_races(name, monkeypatch):
   make_problem, layout = INTERPRETED[name]
   problem, rules = make_problem()
   if layout:
-    monkeypatch.setattr(mosaic_gpu, "config", lambda *_: mosaic_gpu_tile.Config(**layout))
+    monkeypatch.setattr(mosaic_gpu, "config", lambda *_: mosaic_gpu_sizes.Config(**layout))
   interpret = plgpu.InterpretGPUParams(detect_races=True)
   try:
     lists = select(functools.partial(mosaic_gpu.choose, interpret=interpret), problem, rules)
