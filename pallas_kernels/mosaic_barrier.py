@@ -5,7 +5,7 @@ single warp copies. Arrivals on one barrier are served one after the other by th
 memory that products read their operands from. Copies of a few kilobytes, as kernels with
 lists make them, then cost more in arrivals than in bytes. Here one lane speaks for all.
 
-The interpreter knows only Pallas' barriers: there, and where `own` is false, these are used.
+The interpreter knows only Pallas' barriers: there, where `own` is false, these are used.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,14 @@ _TILING = mgpu.TileTransform((8, 64))
 _SWIZZLE = 128
 _WORDS = 2  # of a barrier, 32 bits each
 
+# An array in device memory, an index into it of numbers and `pl.ds`, one for each axis, and
+# shared memory of the shape that this gives.
+type Copy = tuple[Any, tuple, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Barriers:
-  """Barriers that a fixed number of copies completes, again and again.
+  """Barriers that a fixed number of calls of `copy` completes, again and again.
 
   Attributes:
     ref: of `scratch`.
@@ -47,45 +51,51 @@ class Barriers:
   own: bool
   by_warp: bool = False
 
-  def copy(self, number, source, index: tuple, target) -> None:
-    """Starts to copy `source[index]` in device memory to shared memory.
+  def copy(self, number, copies: Sequence[Copy]) -> None:
+    """Starts to copy from device memory to shared memory.
 
     Args:
       number: of the barrier.
-      source: array in device memory.
-      index: of numbers and `pl.ds`, one for each axis.
-      target: shared memory of the shape of `source[index]`.
+      copies: what to copy, from where, to where.
     """
     if not self.own:
-      plgpu.copy_gmem_to_smem(source.at[index], target, self.ref.at[number])
+      for source, index, target in copies:
+        plgpu.copy_gmem_to_smem(source.at[index], target, self.ref.at[number])
       return
-    sizes = [i.size if isinstance(i, pl.Slice) else None for i in index]
-    starts = [i.start if isinstance(i, pl.Slice) else i for i in index]
-    is_tiled = target.dtype == jnp.bfloat16
-    refs = _PLAIN, _TILED if is_tiled else _PLAIN, _PLAIN
+    refs = [ref for source, _, target in copies for ref in (source, target)]
+    ref_types = [
+      kind
+      for _, _, target in copies
+      for kind in (_PLAIN, _TILED if _is_tiled(target) else _PLAIN)
+    ]
+    starts = [
+      i.start if isinstance(i, pl.Slice) else i for _, index, _ in copies for i in index
+    ]
+    arg_types = (_PLAIN, _SCALAR, *ref_types, *[_SCALAR] * len(starts))
 
-    @plgpu.inline_mgpu(arg_types=(*refs, *[_SCALAR] * (1 + len(index))), return_type=None)
-    def start(context, source, target, barriers, number, *starts):
+    @plgpu.inline_mgpu(arg_types=arg_types, return_type=None)
+    def start(context, barriers, number, *args):
+      refs, starts = list(args[: 2 * len(copies)]), list(args[2 * len(copies) :])
       barrier = _barrier(barriers, thread.value(number))
       scope = mgpu.ThreadSubset.WARP if self.by_warp else mgpu.ThreadSubset.WARPGROUP
       predicate = mgpu_utils.single_thread_predicate(scope)
-      barrier.arrive_expect_tx(_num_bytes(target), predicate=predicate)
-      places = [arith.index_cast(ir.IndexType.get(), thread.value(x)) for x in starts]
-      context.async_copy(
-        src_ref=source,
-        dst_ref=target,
-        gmem_slice=tuple(
-          place if size is None else mgpu.DynamicSlice(place, size)
-          for place, size in zip(places, sizes, strict=True)
-        ),
-        gmem_transform=(_TILING,) if is_tiled else (),
-        swizzle=_SWIZZLE if is_tiled else None,
-        barrier=barrier,
-        arrive=False,
-        predicate=predicate,
-      )
+      num_bytes = sum(_num_bytes(target) for target in refs[1::2])
+      barrier.arrive_expect_tx(num_bytes, predicate=predicate)
+      for _, index, target in copies:
+        source_ref, target_ref = refs.pop(0), refs.pop(0)
+        is_tiled = _is_tiled(target)
+        context.async_copy(
+          src_ref=source_ref,
+          dst_ref=target_ref,
+          gmem_slice=tuple(_slice(i, starts.pop(0)) for i in index),
+          gmem_transform=(_TILING,) if is_tiled else (),
+          swizzle=_SWIZZLE if is_tiled else None,
+          barrier=barrier,
+          arrive=False,
+          predicate=predicate,
+        )
 
-    start(source, target, self.ref, jnp.int32(number), *map(jnp.int32, starts))
+    start(self.ref, jnp.int32(number), *refs, *map(jnp.int32, starts))
 
   def wait(self, number, parity) -> None:
     """Waits for the copies.
@@ -108,7 +118,7 @@ class Barriers:
 
 
 def scratch(num_barriers: int, num_copies: int, own: bool):
-  """Shared memory for barriers that `num_copies` complete."""
+  """Shared memory for barriers that `num_copies`, in one call or several, complete."""
   if own:
     return plgpu.SMEM((_WORDS * num_barriers,), jnp.int32)
   return plgpu.Barrier(num_arrivals=num_copies, num_barriers=num_barriers)
@@ -120,7 +130,7 @@ def initialize(barriers: Sequence[tuple[Any, int]], counters: Sequence[Any]) -> 
   Nobody may touch either before all warpgroups have met (`plgpu.barrier_arrive`) after it.
 
   Args:
-    barriers: `scratch` of every kind of barrier, and how many copies complete it.
+    barriers: `scratch` of every kind of barrier, and how many calls of `copy` complete it.
     counters: see `set_counter`.
   """
   refs = [ref for ref, _ in barriers] + list(counters)
@@ -130,10 +140,10 @@ def initialize(barriers: Sequence[tuple[Any, int]], counters: Sequence[Any]) -> 
     del context
     predicate = mgpu_utils.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP)
     with mgpu_utils.when(predicate):
-      for ref, (_, num_copies) in zip(refs, barriers, strict=False):
+      for ref, (_, num_calls) in zip(refs, barriers, strict=False):
         for i in range(_length(ref) // _WORDS):
           barrier = _barrier(ref, thread.i32(i))
-          nvvm.mbarrier_init(barrier.get_ptr(), thread.i32(num_copies))
+          nvvm.mbarrier_init(barrier.get_ptr(), thread.i32(num_calls))
       for ref in refs[len(barriers) :]:
         for i in range(_length(ref)):
           thread.store_shared(thread.smem_address(ref), thread.i32(0), offset=4 * i)
@@ -201,6 +211,16 @@ def wait_for_counters(ref, value) -> None:
 
 def _barrier(ref, number) -> mgpu_utils.BarrierRef:
   return mgpu_utils.BarrierRef(mgpu_utils.memref_ptr(ref), number, None, 1)
+
+
+def _is_tiled(target) -> bool:
+  """Whether shared memory is laid out for products, as all of bfloat16 is."""
+  return target.dtype == jnp.bfloat16
+
+
+def _slice(index, start):
+  start = arith.index_cast(ir.IndexType.get(), thread.value(start))
+  return mgpu.DynamicSlice(start, index.size) if isinstance(index, pl.Slice) else start
 
 
 def _length(ref) -> int:

@@ -183,6 +183,15 @@ def warp_index():
   return _scalars(1, (), lambda: [thread.warp()])[0]
 
 
+def synchronize() -> None:
+  @plgpu.inline_mgpu(arg_types=(), return_type=None)
+  def run(context):
+    del context
+    mgpu_utils.warp_barrier()
+
+  run()
+
+
 def words(ref, start, num_words):
   width = ref.shape[-1] if len(ref.shape) == 2 else PIECE
 

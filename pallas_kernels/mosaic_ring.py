@@ -1,11 +1,11 @@
-"""A ring of stages in shared memory: one warp fills them, all others read and leave them.
+"""A ring of stages in shared memory: some warps fill them, others read and leave them.
 
 Stages are numbered along a stretch of work (a tile), from 0; `before` stages have gone
 round before it. A reader counts the stages it has waited for (`ready`) and given back
 (`left`), and carries both along. Readers may be far apart, also within a warpgroup.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 from typing import Any
 
@@ -23,7 +23,7 @@ class Ring:
   """The ring as one stretch of work sees it.
 
   Attributes:
-    filled: a barrier for each stage, that copies into it complete.
+    filled: a barrier for each stage, that the copies of all who fill it complete.
     free: what readers say that they have left. Where `filled` is our own: counters, one for
       each warp, of stages since the kernel began. Else barriers of Pallas, one for each
       stage, on which every reader arrives.
@@ -88,13 +88,12 @@ class Ring:
 
     return lax.while_loop(lambda state: state[1] < until, step, (ready, left))
 
-  def fill(self, stage, copy: Callable[[jax.Array, Callable], None]) -> None:
-    """Waits until a stage is free and starts the copies into it.
+  def fill(self, stage, copies: Callable[[jax.Array], Iterable[mosaic_barrier.Copy]]) -> None:
+    """Waits until a stage is free and starts the copies of a warp into it.
 
     Args:
       stage: its number.
-      copy: called with its place in the ring and `start(source, index, target)`, which
-        starts a copy of `source[index]`.
+      copies: called with its place in the ring.
     """
     place = self.index(stage)
 
@@ -106,10 +105,7 @@ class Ring:
       else:
         plgpu.barrier_wait(self.free.at[place])
 
-    def start(source, index, target):
-      self.filled.copy(place, source, index, target)
-
-    copy(place, start)
+    self.filled.copy(place, list(copies(place)))
 
   def drain(self) -> None:
     """Ends the work of who fills, after all stretches: `before` counts every stage."""

@@ -141,6 +141,11 @@ class Warps:
     """The number of the warp in its thread."""
     return jnp.int32(0) if self.interpreted else inline.warp_index()
 
+  def synchronize(self) -> None:
+    """Lets the lanes of each warp see what the others have written to shared memory."""
+    if not self.interpreted:
+      inline.synchronize()
+
   def words(self, ref, start, num_words: int) -> list[jax.Array]:
     """The words from `start` on of each warp's row of an int32 shared-memory array.
 

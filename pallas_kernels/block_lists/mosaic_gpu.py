@@ -99,6 +99,7 @@ def lists(
     ],
     grid=(-(-num_tiles // _WARPS),),
     grid_names=("group",),
+    kernel_name="lists_of_queries",
     scratch_types=[
       plgpu.SMEM((_WARPS, units_per_tile * m), jnp.int32),
       plgpu.SMEM((_WARPS, units_per_tile * width), jnp.int32),

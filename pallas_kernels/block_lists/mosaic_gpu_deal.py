@@ -123,6 +123,7 @@ def _kernel(sizes: _Sizes, work: Callable, inputs, out_type, *, num_arrays: int)
     out_type=out_type,
     grid=(-(-num_warps // _WARPS),),
     grid_names=("group",),
+    kernel_name=f"lists_of_keys_{work.__name__}",
     scratch_types=[
       plgpu.SMEM((_WARPS, sizes.tiling.tiles_per_row), jnp.int32) for _ in range(num_arrays)
     ],

@@ -35,8 +35,6 @@ _LOG2E = math.log2(math.e)
 _SHARED_MEMORY = 224 * 1024
 
 HEAD_DIMS = (64, 128)
-# Whether to use barriers of `mosaic_barrier`: not before the kernel has run on a GPU with them.
-OWN_BARRIERS = False
 
 
 def config(head_dim: int, num_heads: int, num_slots: int) -> Config:
@@ -126,7 +124,6 @@ class _Call:
       factor=rules.scale * _LOG2E,
       scores=scores,
       is_interpreted=interpret is not None,
-      own_barriers=OWN_BARRIERS and interpret is None,
     )
 
   @property
@@ -229,6 +226,7 @@ class _Call:
       grid_names=("worker",),
       num_threads=mosaic_gpu_sizes.WARPGROUPS,
       thread_name="warpgroup",
+      kernel_name="block_selection",
       scratch_types=dict(smem=mosaic_gpu_sizes.scratch(self.sizes, slots)),
       compiler_params=plgpu.CompilerParams(approx_math=True),
       interpret=self.interpret,

@@ -51,7 +51,6 @@ class Sizes:
     factor: of products, for exponentials in base 2.
     scores: where scores of windows lie.
     is_interpreted: whether the kernel runs in the interpreter.
-    own_barriers: whether to use those of `mosaic_barrier`; the interpreter cannot.
   """
 
   config: Config
@@ -60,7 +59,11 @@ class Sizes:
   factor: float
   scores: mosaic_top.Scores
   is_interpreted: bool
-  own_barriers: bool
+
+  @property
+  def own_barriers(self) -> bool:
+    """Whether to use those of `mosaic_barrier`, which the interpreter does not know."""
+    return not self.is_interpreted
 
   @property
   def num_pairs(self) -> int:
@@ -91,6 +94,10 @@ class Done(NamedTuple):
 def nothing_done() -> Done:
   """Where a warpgroup begins."""
   return Done(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+
+
+# How many calls of `copy` complete each kind of barrier, by name.
+_NUM_CALLS = dict(bounds_ready=1, q_ready=WARPGROUPS, wide_ready=1, narrow_ready=1)
 
 
 def _num_copies(sizes: Sizes, num_spans: int) -> dict[str, int]:
@@ -138,8 +145,7 @@ def set_up(sizes: Sizes, smem: dict, wg) -> None:
 
   @pl.when(wg == 0)
   def _initialize():
-    num_copies = _num_copies(sizes, len(smem["ranges"]))
-    barriers = [(smem[name], num) for name, num in num_copies.items()]
+    barriers = [(smem[name], num) for name, num in _NUM_CALLS.items()]
     mosaic_barrier.initialize(barriers, [])
 
   plgpu.barrier_arrive(smem["met"])

@@ -83,10 +83,11 @@ class Tile:
     def _copy_bounds():
       ready, place = self._barriers("bounds_ready"), (self.batch, self.x)
       whole = pl.ds(0, ROWS_OF_BOUNDS), pl.ds(0, ROWS)
-      ready.copy(0, self.bounds_gmem, (*place, *whole), smem["bounds"])
+      copies = [(self.bounds_gmem, (*place, *whole), smem["bounds"])]
       for i, ranges in enumerate(smem["ranges"]):
         index = *place, pl.ds(3 * i, 3), pl.ds(0, TILE)
-        ready.copy(0, self.ranges_gmem, index, ranges.at[self.turn])
+        copies.append((self.ranges_gmem, index, ranges.at[self.turn]))
+      ready.copy(0, copies)
 
     if self.sizes.num_rounds == 1:
       self._copy_queries(0)
@@ -158,7 +159,7 @@ class Tile:
 
   def _copy_queries(self, n: int) -> None:
     """Starts to copy the queries of a round; each warpgroup eight of every head."""
-    sizes, pairs = self.sizes, self.sizes.config.pairs
+    sizes, pairs, copies = self.sizes, self.sizes.config.pairs, []
     for p in range(pairs):
       for second in range(2):
         # Where there is no such head, the last one stands in, and counts for nothing.
@@ -167,7 +168,8 @@ class Tile:
         head = self.head * sizes.num_heads + h
         index = self.batch, queries, head, pl.ds(0, sizes.head_dim)
         rows = pl.ds(ROWS * p + 16 * self.wg + 8 * second, 8)
-        self._barriers("q_ready").copy(0, self.q_gmem, index, self.smem["q"].at[rows])
+        copies.append((self.q_gmem, index, self.smem["q"].at[rows]))
+    self._barriers("q_ready").copy(0, copies)
 
   def _for_windows(self, begin, end, width: int, share, before, step, start):
     """Carries `start` through `step(keys_ref, first_window, carry)` for part of the windows.
@@ -199,7 +201,7 @@ class Tile:
       def _copy():
         place, target = stage(i)
         windows = pl.ds(window(i), width), pl.ds(0, self.sizes.head_dim)
-        ready.copy(place, self.keys_gmem, (self.batch, self.head, *windows), target)
+        ready.copy(place, [(self.keys_gmem, (self.batch, self.head, *windows), target)])
 
     def advance(i, carry):
       place, keys = stage(i)

@@ -20,10 +20,6 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import STEP, UNIT, S
 from pallas_kernels.mosaic_warp import PIECE
 
 INTERPRETED_WORKERS = 2
-# Whether kernels use barriers of `mosaic_barrier`: not before they have run on a GPU.
-OWN_BARRIERS = False
-# Whether kernels deal units into windows: not before they have run on a GPU.
-KERNELS_DEAL = False
 # Bytes of a multiprocessor's shared memory, less what barriers and small arrays take.
 _SHARED_MEMORY = 208 * 1024
 _LOG2E = 1.4426950408889634
@@ -52,9 +48,14 @@ def query_config(
 
 def key_config(head_dim: int) -> mosaic_gpu_dkv.Config:
   """How the kernel over key tiles is laid out."""
-  if head_dim == 64:
-    return mosaic_gpu_dkv.Config(warpgroups=3, stages=8, units_per_stage=4, registers=160)
-  return mosaic_gpu_dkv.Config(warpgroups=2, stages=4, units_per_stage=4, registers=208)
+  warpgroups, stages, registers = (3, 8, 160) if head_dim == 64 else (2, 4, 208)
+  return mosaic_gpu_dkv.Config(
+    warpgroups=warpgroups,
+    stages=stages,
+    units_per_stage=4,
+    registers=registers,
+    keys_in_registers=head_dim == 64,
+  )
 
 
 def entries_per_unit(problem: problems.Problem, block_size: int) -> int:
@@ -95,7 +96,6 @@ class Call:
       block_size=kernel_block,
       has_bias=problem.key_bias_BSK is not None,
       interpreted=interpret is not None,
-      own_barriers=OWN_BARRIERS and interpret is None,
       num_workers=devices.num_multiprocessors() if interpret is None else INTERPRETED_WORKERS,
     )
     self._shape = shape
@@ -137,7 +137,7 @@ class Call:
       keys_per_tile=self._key_config.keys_per_tile,
     )
     # Kernels deal units of single tokens, and have nothing that the interpreter knows.
-    if KERNELS_DEAL and not self._shape.has_tokens and not self._shape.interpreted:
+    if not self._shape.has_tokens and not self._shape.interpreted:
       dealt = deal_on_gpu.deal(lists, tiling)
     else:
       dealt = key_tiles.deal(lists, tiling, self._shape.has_tokens)

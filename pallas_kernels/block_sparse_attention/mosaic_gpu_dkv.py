@@ -13,7 +13,9 @@ See `mosaic_gpu_shape` for the letters. More: W windows of 32 units, P pieces of
 X tiles, Y partial sums.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -46,12 +48,15 @@ class Config:
     stages: of the ring.
     units_per_stage: a power of two that divides a window.
     registers: of each computing thread.
+    keys_in_registers: whether there is room there for keys and values, beside their sums;
+      else they are read from shared memory again and again.
   """
 
   warpgroups: int
   stages: int
   units_per_stage: int
   registers: int
+  keys_in_registers: bool
 
   @property
   def keys_per_tile(self) -> int:
@@ -161,13 +166,14 @@ def dkv(
 
       for_all_shares(work)
 
-    def fetch():
-      for_all_shares(lambda share: share.stream())
+    def fetch(warp):
+      for_all_shares(lambda share: share.stream(warp))
       in_all = (last - first) * per_window
       threads.ring_of(smem, config.stages, shape, thread, in_all).drain()
 
-    threads.set_up(smem, shape, thread, {"filled": num_filled})
-    threads.run(thread, num_threads, config.registers, compute, fetch)
+    num_fetchers = threads.num_fetchers(shape, config.units_per_stage)
+    threads.set_up(smem, shape, thread, {"filled": num_fetchers})
+    threads.run(thread, num_threads, config.registers, compute, fetch, num_fetchers)
 
   num_filled = 3 * config.units_per_stage
   num_sums = num_tiles + shape.num_workers
@@ -181,6 +187,8 @@ def dkv(
     numbers=plgpu.SMEM((slots, 4 * UNIT), jnp.float32),
     **threads.ring_scratch(config.stages, num_filled, shape, num_threads),
   )
+  if not config.keys_in_registers:
+    smem["own_keys"] = walk.tiled((2, num_threads, rows, d))
   if shape.has_bias:
     smem["bias"] = plgpu.SMEM((num_threads, rows), jnp.float32)
     smem["bias_ready"] = plgpu.Barrier(num_barriers=num_threads)
@@ -191,6 +199,7 @@ def dkv(
     grid_names=("worker",),
     num_threads=num_threads + 1,
     thread_name="thread",
+    kernel_name="block_sparse_dkv",
     scratch_types=dict(smem=smem),
     compiler_params=plgpu.CompilerParams(approx_math=True),
     interpret=interpret,
@@ -230,17 +239,24 @@ class Share:
     x = lax.rem(self.tile, jnp.int32(self.tiles_per_row))
     return x * self.config.keys_per_tile
 
-  def keys_and_values(self, thread) -> list[jax.Array]:
-    """Each warp's keys and values, [rows, D] both."""
+  def keys_and_values(self, thread) -> list[Callable[[], jax.Array]]:
+    """What gives each warp's keys, and its values, [rows, D] both."""
     shape, warps = self.shape, self.shape.warps
     b, head = shape.batch_and_head(self.row)
     key = self.first_key + UNIT * (thread * warps.per_thread + warps.index())
     # Behind the last key anything will do: no unit reads it.
     key = jnp.minimum(key, shape.num_keys - UNIT)
     row = (b * shape.num_keys + key) * shape.num_kv_heads + head
-    return [
+    arrays = [
       warps.load_global_rows(self.gmem[name], row, shape.num_kv_heads) for name in ("k", "v")
     ]
+    if self.config.keys_in_registers:
+      return [functools.partial(lambda x: x, x) for x in arrays]
+    places = [self.smem["own_keys"].at[i, thread] for i in range(len(arrays))]
+    for place, x in zip(places, arrays, strict=True):
+      place[...] = x
+    warps.synchronize()
+    return [functools.partial(warps.load_rows, place) for place in places]
 
   def biases(self, thread) -> jax.Array:
     """Biases of the thread's keys, [rows], in base 2."""
@@ -263,14 +279,14 @@ class Share:
     def step(pair, sums):
       dk, dv, dbias = sums
       pieces = pair.slots
-      scores, factor = warps.products(k, smem["q"], pieces), scale * _LOG2E
+      scores, factor = warps.products(k(), smem["q"], pieces), scale * _LOG2E
       if shape.has_bias:
         scores = scores * factor + walk.along_rows(bias, scores.shape)
         factor = 1.0
       scores = pair.masked(scores)
       weights = jnp.exp2(scores * factor - pair.columns(LSE))
       dv = warps.add_products(dv, weights.astype(jnp.bfloat16), smem["dout"], pieces)
-      dweights = warps.products(v, smem["dout"], pieces)
+      dweights = warps.products(v(), smem["dout"], pieces)
       dscores = weights * (dweights - pair.columns(DELTA))
       if shape.has_bias:
         dbias = dbias + dscores.sum(axis=1)
@@ -329,32 +345,32 @@ class Share:
     *_, carry = lax.fori_loop(self.window, self.end, walk_window, state)
     return carry
 
-  def stream(self) -> None:
-    """Fills the ring with the units of the windows; the work of a single warp."""
+  def stream(self, warp) -> None:
+    """Fills the ring with the units of the windows: one warp's part of each stage."""
     shape, gmem, smem = self.shape, self.gmem, self.smem
     warps, stage_units = shape.warps, self.config.units_per_stage
     b, head = shape.batch_and_head(self.row)
     per_window = key_tiles.WINDOW // stage_units
 
-    def copy_unit(slot, unit, start):
+    def copies_of_unit(slot, unit):
       v, h = shape.place_of_unit(head, unit)
       lines = pl.ds(slot * UNIT, UNIT)
       for name in ("q", "dout"):
         index = b, v, pl.ds(h, UNIT), pl.ds(0, shape.head_dim)
-        start(gmem[name], index, smem[name].at[lines])
+        yield gmem[name], index, smem[name].at[lines]
       index = self.row, unit, pl.ds(0, 4 * UNIT)
-      start(gmem["numbers"], index, smem["numbers"].at[slot])
+      yield gmem["numbers"], index, smem["numbers"].at[slot]
 
     def stream_window(window, handle):
       ahead = warps.fetch(gmem["units"], (window + 1) * key_tiles.WINDOW)
 
       def stream_stage(n, _):
-        def copy(place, start):
-          for i in range(stage_units):
+        def copies(place):
+          for i in threads.own_parts(warp, shape, stage_units):
             unit = warps.fetched(gmem["units"], handle, n * stage_units + i)
-            copy_unit(place * stage_units + i, unit, start)
+            yield from copies_of_unit(place * stage_units + i, unit)
 
-        self.ring.fill((window - self.window) * per_window + n, copy)
+        self.ring.fill((window - self.window) * per_window + n, copies)
 
       lax.fori_loop(0, per_window, stream_stage, None)
       return ahead

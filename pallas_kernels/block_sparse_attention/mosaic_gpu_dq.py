@@ -75,6 +75,7 @@ def dq(
   rows = walk.tiled((num_threads, warps.rows, shape.head_dim))
   numbers = plgpu.SMEM((num_threads, warps.rows), jnp.float32)
   (dq_BVXD,) = walk.call(
+    "block_sparse_dq",
     [q_BVXD, dout_BVXD, lse_RL, delta_RL],
     lists,
     shape=shape,

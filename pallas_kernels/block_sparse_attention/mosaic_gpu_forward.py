@@ -69,6 +69,7 @@ def forward(
 
   num_lines = lists.count_RX.shape[1] * config.units_per_tile * UNIT
   out_BVXD, lse_RL = walk.call(
+    "block_sparse_forward",
     [q_BVXD],
     lists,
     shape=shape,

@@ -62,6 +62,7 @@ def add_parts(
     ),
     grid=(num_tiles, num_parts),
     grid_names=("tile", "part"),
+    kernel_name="block_sparse_dkv_parts",
     scratch_types=[walk.tiled((64, d))],
     interpret=interpret,
   )(sums_YND, tiles.first_worker_X, tiles.last_worker_X, tiles.bounds_W)

@@ -30,7 +30,6 @@ class Shape:
     tokens_per_unit: if several, they may list different blocks.
     has_bias: whether keys have biases.
     interpreted: whether the kernels run in the interpreter.
-    own_barriers: whether to use those of `mosaic_barrier`; the interpreter cannot.
     num_workers: streaming multiprocessors of the device.
   """
 
@@ -44,12 +43,16 @@ class Shape:
   block_size: int
   has_bias: bool
   interpreted: bool
-  own_barriers: bool
   num_workers: int
 
   @property
   def warps(self) -> mosaic_warp.Warps:
     return mosaic_warp.Warps(self.interpreted)
+
+  @property
+  def own_barriers(self) -> bool:
+    """Whether to use those of `mosaic_barrier`, which the interpreter does not know."""
+    return not self.interpreted
 
   @property
   def has_tokens(self) -> bool:

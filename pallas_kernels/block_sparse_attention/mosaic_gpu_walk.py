@@ -67,6 +67,7 @@ class Lists(NamedTuple):
 
 
 def call(
+  name: str,
   own: Sequence[jax.Array],
   lists: Lists,
   *,
@@ -83,6 +84,7 @@ def call(
   """Runs a kernel over all tiles.
 
   Args:
+    name: of the kernel, as profilers show it.
     own: arrays that this kernel reads besides the lists.
     lists: the others.
     shape, config: of the call.
@@ -128,8 +130,7 @@ def call(
         @pl.when(i < num_own)
         def _begin():
           tile = tile_of(i, jnp.int32(0))
-          for copy in (*tile.copies(), *copies(tile, own_refs, own_scratch)):
-            ready.copy(thread, *copy)
+          ready.copy(thread, [*tile.copies(), *copies(tile, own_refs, own_scratch)])
 
       def work(i, before):
         tile = tile_of(i, before)
@@ -144,17 +145,18 @@ def call(
       begin_copies(jnp.int32(0))
       lax.fori_loop(0, num_own, work, jnp.int32(0))
 
-    def fetch():
+    def fetch(warp):
       def stream(i, before):
         tile = tile_of(i, before)
-        tile.stream()
+        tile.stream(warp)
         return before + tile.num_stages
 
       in_all = lax.fori_loop(0, num_own, stream, jnp.int32(0))
       threads.ring_of(walk, config.stages, shape, thread, in_all).drain()
 
-    threads.set_up(walk, shape, thread, {"ready": num_ready, "filled": num_filled})
-    threads.run(thread, num_threads, config.registers, compute, fetch)
+    num_fetchers = threads.num_fetchers(shape, shape.group)
+    threads.set_up(walk, shape, thread, {"ready": 1, "filled": num_fetchers})
+    threads.run(thread, num_threads, config.registers, compute, fetch, num_fetchers)
 
   num_pieces = -(-width // query_tiles.COPY)
   num_list_copies = 1 if num_pieces == 1 else num_pieces * warps.per_thread
@@ -182,6 +184,7 @@ def call(
     grid_names=("worker",),
     num_threads=num_threads + 1,
     thread_name="thread",
+    kernel_name=name,
     scratch_types=dict(walk=walk, own_scratch=scratch),
     compiler_params=plgpu.CompilerParams(approx_math=True),
     interpret=interpret,
@@ -314,23 +317,23 @@ class Tile:
     group = Group(self, entries, is_taken, places, e, first, last)
     return group, ready, left
 
-  def stream(self) -> None:
-    """Fills the ring with the blocks of the union; the work of a single warp."""
+  def stream(self, warp) -> None:
+    """Fills the ring with the blocks of the union: one warp's part of each stage."""
     shape, gmem, smem = self.shape, self.gmem, self.smem
     warps, chunk = shape.warps, query_tiles.CHUNK
     b, head = shape.batch_and_head(self.row)
     union = gmem.union_RXC.at[self.row, self.x]
     per_chunk = chunk // shape.group
 
-    def copy_block(slot, block, start):
+    def copies_of_block(slot, block):
       keys = pl.ds(block * shape.block_size, shape.block_size)
       lines = pl.ds(slot * shape.block_size, shape.block_size)
       index = b, keys, head, pl.ds(0, shape.head_dim)
-      start(gmem.k_BSKD, index, smem["k"].at[lines])
-      start(gmem.v_BSKD, index, smem["v"].at[lines])
+      yield gmem.k_BSKD, index, smem["k"].at[lines]
+      yield gmem.v_BSKD, index, smem["v"].at[lines]
       if shape.has_bias:
         target = smem["bias"].at[slot, pl.ds(0, shape.block_size)]
-        start(gmem.bias_BKS, (b, head, keys), target)
+        yield gmem.bias_BKS, (b, head, keys), target
 
     def stream_chunk(c, handle):
       # The numbers of the next chunk are on their way while this one is copied.
@@ -338,12 +341,12 @@ class Tile:
       ahead = warps.fetch(union, jnp.minimum((c + 1) * chunk, last_chunk))
 
       def stream_stage(n, _):
-        def copy(place, start):
-          for j in range(shape.group):
+        def copies(place):
+          for j in threads.own_parts(warp, shape, shape.group):
             block = warps.fetched(union, handle, n * shape.group + j)
-            copy_block(place * shape.group + j, block, start)
+            yield from copies_of_block(place * shape.group + j, block)
 
-        self.ring.fill(c * per_chunk + n, copy)
+        self.ring.fill(c * per_chunk + n, copies)
 
       num_left = self.num_stages - c * per_chunk
       lax.fori_loop(0, jnp.minimum(per_chunk, num_left), stream_stage, None)

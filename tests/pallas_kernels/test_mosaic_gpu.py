@@ -49,7 +49,9 @@ def assert_matches_reference(problem, actual):
 def small(monkeypatch):
   """One warpgroup, and rings so short that they go round several times."""
   query = mosaic_gpu_walk.Config(warpgroups=1, stages=3, registers=208)
-  key = mosaic_gpu_dkv.Config(warpgroups=1, stages=3, units_per_stage=4, registers=208)
+  key = mosaic_gpu_dkv.Config(
+    warpgroups=1, stages=3, units_per_stage=4, registers=208, keys_in_registers=False
+  )
   monkeypatch.setattr(mosaic_gpu_call, "query_config", lambda *_: query)
   monkeypatch.setattr(mosaic_gpu_call, "key_config", lambda d: key)
   yield
@@ -94,8 +96,6 @@ PROMISED = [
   *((heads, 128, 64, {}) for heads in (4, 32)),
   (16, 64, 16, dict(documents=True, offset=64, bias=True)),
   (4, 128, 64, dict(documents=True, offset=64, bias=True)),
-  (16, 64, 16, dict(unproven=True)),
-  (4, 128, 64, dict(unproven=True, documents=True, offset=64, bias=True)),
 ]
 
 
@@ -104,9 +104,7 @@ PROMISED = [
   PROMISED,
   ids=lambda x: "_".join(x) if isinstance(x, dict) else str(x),
 )
-def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras, monkeypatch):
-  for name in ("OWN_BARRIERS", "KERNELS_DEAL"):
-    monkeypatch.setattr(mosaic_gpu_call, name, "unproven" in extras)
+def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras):
   b, t, k, s = 2, 203, 2, 267
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   q, kv = shape((b, t, heads * k, d)), shape((b, s, k, d))
@@ -129,8 +127,8 @@ def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras, monk
     platforms=["cuda"],
     disabled_checks=[export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
   )(q, kv, kv, bias, blocks, segments, offset, q, lse)
-  # Forward, dq, dkv, the two sums of parts, and the lists of single tokens.
-  count = 5 + (heads > 8) * (3 if "unproven" in extras else 1)
+  # Forward, dq, dkv, the two sums of parts, and three kernels for lists of single tokens.
+  count = 5 + (heads > 8) * 3
   assert lowered.mlir_module().count("custom_call @mosaic_gpu_v2") == count
 
 
@@ -203,20 +201,6 @@ def test_on_a_gpu_it_matches_the_reference(name):
   # No sum depends on who came first.
   for name, value in run().items():
     np.testing.assert_array_equal(value, actual[name], err_msg=name)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["ssa", "everything", "everything_at_128", "4_heads"])
-def test_on_a_gpu_our_own_barriers_change_no_bit(name, monkeypatch):
-  case, extras = ON_GPU[name]
-  problem = problems.make(*case, **extras)
-  results = []
-  for own in (False, True):
-    monkeypatch.setattr(mosaic_gpu_call, "OWN_BARRIERS", own)
-    run = functools.partial(attend, interpret=None)
-    results.append(problems.run(problem, dtype=jnp.bfloat16, attend=run))
-  for name, value in results[0].items():
-    np.testing.assert_array_equal(value, results[1][name], err_msg=name)
 
 
 @pytest.mark.gpu

@@ -93,13 +93,10 @@ PROMISED = [  # heads per key head, D, block_size, M, rules
 
 
 @pytest.mark.parametrize(
-  ("heads", "d", "block_size", "m", "rules", "own_barriers"),
-  [*((*case, False) for case in PROMISED), (*PROMISED[0], True)],
+  ("heads", "d", "block_size", "m", "rules"),
+  PROMISED,
 )
-def test_what_is_promised_is_lowered_for_cuda(
-  heads, d, block_size, m, rules, own_barriers, monkeypatch
-):
-  monkeypatch.setattr(mosaic_gpu, "OWN_BARRIERS", own_barriers)
+def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, m, rules):
   small, rules = make(1, 8, heads, 1, d, block_size, m, **rules)
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   q, k = shape((2, 1001, 2 * heads, d)), shape((2, 1064, 2, d))
@@ -198,16 +195,6 @@ def test_on_a_gpu_it_chooses_as_xla_does(name):
     row = scores[tuple(place)]
     swapped = [sorted(row[list(a - b)]) for a, b in (only, only[::-1])]
     np.testing.assert_allclose(*swapped, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["ssa", "many_segments", "two_rounds"])
-def test_on_a_gpu_our_own_barriers_change_nothing(name, monkeypatch):
-  lists = []
-  for own in (False, True):
-    monkeypatch.setattr(mosaic_gpu, "OWN_BARRIERS", own)
-    lists.append(np.asarray(select(mosaic_gpu.choose, *ON_GPU[name]())))
-  np.testing.assert_array_equal(*lists)
 
 
 @pytest.mark.gpu
