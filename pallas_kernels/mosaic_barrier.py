@@ -168,9 +168,11 @@ def set_counter(ref, number, value) -> None:
     del context
     place = thread.multiply(thread.value(number), 4)
     place = thread.add(thread.smem_address(ref), place)
+    # The accesses of a warp to shared memory happen in their order: this one after the reads
+    # before it. A release would wait for all that the warp has under way, elsewhere too.
     mgpu_utils.warp_barrier()
     mgpu_utils.inline_ptx(
-      "st.release.cta.shared::cta.b32 [$0], $1;",
+      "st.volatile.shared::cta.b32 [$0], $1;",
       place,
       thread.value(value),
       predicate=thread.is_equal(thread.lane(), thread.i32(0)),

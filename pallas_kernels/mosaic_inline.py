@@ -20,6 +20,8 @@ from pallas_kernels import mosaic_thread as thread
 
 PIECE = 16
 LAYOUT = plgpu.Layout.WGMMA
+# Of a number for each row.
+ROWS = LAYOUT.reduce(1)
 # How arrays that take part in products lie in shared memory: tiles of 8 x 64 bfloat16, the
 # 16-byte chunks of a row permuted so that no two rows of a tile share a bank.
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -146,6 +148,36 @@ def add_products(total, weights, ref, pieces):
     return _float_array(sums, (64, d))
 
   return multiply(total, weights, ref, *pieces)
+
+
+def row_sums(weights):
+  @plgpu.inline_mgpu(
+    arg_types=(LAYOUT,),
+    return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROWS),
+  )
+  def add(context, weights):
+    del context
+    one = thread.i32(0x3F803F80)  # twice, in bfloat16
+    sums = [mgpu_utils.c(0.0, ir.F32Type.get())] * 4
+    for left in _left_operands(weights):
+      sums = _mma(sums, left, [one, one])
+    # All columns of the product are the same.
+    number = ir.VectorType.get((1,), ir.F32Type.get())
+    return _array([vector.broadcast(number, sums[i]) for i in (0, 2)], (64,), ROWS)
+
+  return add(weights)
+
+
+def any_above(x_rows, limit: float):
+  def vote(x):
+    lower, upper = (vector.extract(r, [], [0]) for r in x.registers.flat)
+    ptx = (
+      "{ .reg .pred p; setp.gt.f32 p, $1, $3; setp.gt.or.f32 p, $2, $3, p; "
+      "vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+    )
+    return [thread.convergent(ptx, lower, upper, mgpu_utils.c(limit, ir.F32Type.get()))]
+
+  return _scalars(1, (ROWS,), vote)(x_rows)[0]
 
 
 def columns(ref, places):
@@ -366,7 +398,7 @@ def _float_array(tiles, shape) -> mgpu.FragmentedArray:
   return _array(registers, shape)
 
 
-def _array(registers, shape) -> mgpu.FragmentedArray:
-  layout = LAYOUT.to_mgpu()
+def _array(registers, shape, layout=LAYOUT) -> mgpu.FragmentedArray:
+  layout = layout.to_mgpu()
   grid = np.array(registers, dtype=object).reshape(layout.registers_shape(shape))
   return fragmented_array.FragmentedArray(_registers=grid, _layout=layout, _is_signed=None)

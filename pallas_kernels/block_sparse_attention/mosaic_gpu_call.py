@@ -46,7 +46,7 @@ def query_config(
   )
 
 
-def key_config(head_dim: int) -> mosaic_gpu_dkv.Config:
+def key_config(head_dim: int, rounds: int = 1) -> mosaic_gpu_dkv.Config:
   """How the kernel over key tiles is laid out."""
   warpgroups, stages, registers = (3, 8, 160) if head_dim == 64 else (2, 4, 208)
   return mosaic_gpu_dkv.Config(
@@ -55,6 +55,7 @@ def key_config(head_dim: int) -> mosaic_gpu_dkv.Config:
     units_per_stage=4,
     registers=registers,
     keys_in_registers=head_dim == 64,
+    rounds=rounds,
   )
 
 
@@ -141,7 +142,8 @@ class Call:
       dealt = deal_on_gpu.deal(lists, tiling)
     else:
       dealt = key_tiles.deal(lists, tiling, self._shape.has_tokens)
-    return key_tiles.share(dealt, lists, tiling, self._shape.num_workers)
+    num_parts = self._key_config.rounds * self._shape.num_workers
+    return key_tiles.share(dealt, lists, tiling, num_parts)
 
   def make_walk_lists(
     self, problem, tiles: query_tiles.QueryTiles, bounds

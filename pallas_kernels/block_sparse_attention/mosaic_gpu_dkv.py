@@ -50,6 +50,8 @@ class Config:
     registers: of each computing thread.
     keys_in_registers: whether there is room there for keys and values, beside their sums;
       else they are read from shared memory again and again.
+    rounds: that the work is done in. What all workers read in one round, of queries, is
+      the less the more there are, and stays in the cache of the device.
   """
 
   warpgroups: int
@@ -57,6 +59,7 @@ class Config:
   units_per_stage: int
   registers: int
   keys_in_registers: bool
+  rounds: int
 
   @property
   def keys_per_tile(self) -> int:
@@ -89,7 +92,7 @@ def dkv(
   scale: float,
   interpret=None,
 ) -> Sums:
-  """Returns partial sums; that of tile x by worker w is at x + w.
+  """Returns partial sums; that of tile x in part p of the work is at x + p.
 
   Args:
     q_BVXD, dout_BVXD: queries and the cotangent of the output.
@@ -132,33 +135,39 @@ def dkv(
     gmem = dict(zip(inputs, refs, strict=False))
     outs = refs[len(inputs) :]
     worker, thread = lax.axis_index("worker"), lax.axis_index("thread")
-    first, last = gmem["bounds"][worker], gmem["bounds"][worker + 1]
 
-    def share_of(tile):
-      """What this worker does of a tile."""
+    def share_of(tile, part, done):
+      """What this worker does of a tile in a part of the work, after so many windows."""
+      first, last = gmem["bounds"][part], gmem["bounds"][part + 1]
       window = jnp.maximum(gmem["first_window"][tile], first)
       end = jnp.minimum(gmem["first_window"][tile + 1], last)
-      before = (window - first) * per_window
+      before = (done + window - first) * per_window
       ring = threads.ring_of(smem, config.stages, shape, thread, before)
-      return Share(shape, config, gmem, smem, ring, tile, tiles_per_row, window, end)
+      return Share(shape, config, gmem, smem, ring, tile, part, tiles_per_row, window, end)
 
     def for_all_shares(function):
-      """Calls `function(share)` for one tile after the other."""
+      """Calls `function(share)` for one tile after the other; returns windows in all."""
 
-      def step(tile, _):
-        share = share_of(tile)
+      def work_on_part(i, done):
+        part = i * shape.num_workers + worker
 
-        @pl.when(share.end > share.window)
-        def _work():
-          function(share)
+        def step(tile, _):
+          share = share_of(tile, part, done)
 
-      begin, end = gmem["first_tile"][worker], gmem["last_tile"][worker]
-      lax.fori_loop(begin, end + 1, step, None)
+          @pl.when(share.end > share.window)
+          def _work():
+            function(share)
+
+        begin, end = gmem["first_tile"][part], gmem["last_tile"][part]
+        lax.fori_loop(begin, end + 1, step, None)
+        return done + gmem["bounds"][part + 1] - gmem["bounds"][part]
+
+      return lax.fori_loop(0, config.rounds, work_on_part, jnp.int32(0))
 
     def compute():
       def work(share):
         dk, dv, dbias = share.sums(thread, scale)
-        y, lines = share.tile + worker, pl.ds(thread * rows, rows)
+        y, lines = share.tile + share.part, pl.ds(thread * rows, rows)
         outs[0][y, lines, :] = dk * scale
         outs[1][y, lines, :] = dv
         if shape.has_bias:
@@ -167,8 +176,7 @@ def dkv(
       for_all_shares(work)
 
     def fetch(warp):
-      for_all_shares(lambda share: share.stream(warp))
-      in_all = (last - first) * per_window
+      in_all = for_all_shares(lambda share: share.stream(warp)) * per_window
       threads.ring_of(smem, config.stages, shape, thread, in_all).drain()
 
     num_fetchers = threads.num_fetchers(shape, config.units_per_stage)
@@ -176,7 +184,7 @@ def dkv(
     threads.run(thread, num_threads, config.registers, compute, fetch, num_fetchers)
 
   num_filled = 3 * config.units_per_stage
-  num_sums = num_tiles + shape.num_workers
+  num_sums = num_tiles + config.rounds * shape.num_workers
   whole = jax.ShapeDtypeStruct((num_sums, tile_keys, d), jnp.float32)
   out_type = [whole, whole]
   if shape.has_bias:
@@ -209,13 +217,14 @@ def dkv(
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """A worker's windows of one tile.
+  """A worker's windows of one tile in one part of the work.
 
   Attributes:
     shape, config: of the call.
     gmem, smem: refs by name.
     ring: of units.
     tile: number of the tile among those of all rows R.
+    part: number of the part.
     tiles_per_row: tiles of a row.
     window, end: the first window, and the one after the last.
   """
@@ -226,6 +235,7 @@ class Share:
   smem: dict
   ring: mosaic_ring.Ring
   tile: jax.Array
+  part: jax.Array
   tiles_per_row: int
   window: jax.Array
   end: jax.Array

@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as walk
@@ -11,6 +12,9 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import UNIT, Shape
 _LOG2E = math.log2(math.e)
 # A maximum to begin with: below any score, and far above masked ones under any scale.
 _LOWEST = -1e20
+# The maximum that weights are relative to, base 2, lags behind the highest score by less: so
+# they stay below 2 ** 8, and sums need to be scaled anew a time or two, not at every step.
+_LAG = 8.0
 
 
 def forward(
@@ -47,15 +51,22 @@ def forward(
         scores = scores * factor + _LOG2E * group.biases(pieces)
         factor = 1.0
       scores = group.masked(scores, pieces)
+      found = scores.max(axis=1) * factor
+
+      def follow(total, highest, norm):
+        new_highest = jnp.maximum(highest, found)
+        shrink = jnp.exp2(highest - new_highest)
+        return total * walk.along_rows(shrink, total.shape), new_highest, norm * shrink
+
+      total, highest, norm = lax.cond(
+        warps.any_above(found - highest, _LAG), follow, lambda *x: x, total, highest, norm
+      )
       # The scale enters here, in one multiply-add with the maximum.
-      new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
-      shrink = jnp.exp2(highest - new_highest)
-      weights = jnp.exp2(scores * factor + walk.along_rows(-new_highest, scores.shape))
-      norm = norm * shrink + weights.sum(axis=1)
-      total = total * walk.along_rows(shrink, total.shape)
+      weights = jnp.exp2(scores * factor + walk.along_rows(-highest, scores.shape))
       weights = weights.astype(jnp.bfloat16)
+      norm = norm + warps.row_sums(weights)
       total = warps.add_products(total, weights, tile.smem["v"], group.pieces)
-      return total, new_highest, norm
+      return total, highest, norm
 
     start = warps.zeros(shape.head_dim), warps.filled(_LOWEST), warps.filled(0.0)
     total, highest, norm = tile.walk(step, start)

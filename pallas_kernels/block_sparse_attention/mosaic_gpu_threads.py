@@ -67,7 +67,7 @@ def run(thread, num_threads, registers, compute, fetch, num_fetchers: int) -> No
 
   @pl.when(thread == num_threads)
   def _fetch():
-    plgpu.set_max_registers(24, action="decrease")
+    plgpu.set_max_registers(32, action="decrease")
 
     @plgpu.warp_map
     def _each(warp):

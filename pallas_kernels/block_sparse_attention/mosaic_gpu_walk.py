@@ -423,15 +423,17 @@ class Group:
     first = warps.load_vector(tile.own("first"))
     position = warps.load_vector(tile.own("position"))
     column = warps.iota(1)
-    first, position = (along_rows(x, column.shape) for x in (first, position))
     if shape.has_tokens:
       bits = warps.words(tile.own("tokens"), self.e, shape.group)
       token = token_of_row(shape)
     parts = []
     for i, n in enumerate(numbers):
       block = n // per_block
-      key = self._begins[block] + UNIT * (n % per_block) + column
-      is_seen = self.is_taken[block] & (key >= first) & (key <= position)
+      begin = self._begins[block] + UNIT * (n % per_block)
+      # What is not taken begins beyond all positions.
+      seen_from = jnp.where(self.is_taken[block], begin, jnp.int32(2**30))
+      low, high = (along_rows(x, column.shape) for x in (first - begin, position - seen_from))
+      is_seen = (column >= low) & (column <= high)
       if shape.has_tokens:
         is_seen &= (lax.shift_right_logical(bits[block], token) & 1) == 1
       parts.append(jnp.where(is_seen, scores[:, UNIT * i : UNIT * (i + 1)], MASKED))

@@ -50,7 +50,12 @@ def small(monkeypatch):
   """One warpgroup, and rings so short that they go round several times."""
   query = mosaic_gpu_walk.Config(warpgroups=1, stages=3, registers=208)
   key = mosaic_gpu_dkv.Config(
-    warpgroups=1, stages=3, units_per_stage=4, registers=208, keys_in_registers=False
+    warpgroups=1,
+    stages=3,
+    units_per_stage=4,
+    registers=208,
+    keys_in_registers=False,
+    rounds=2,
   )
   monkeypatch.setattr(mosaic_gpu_call, "query_config", lambda *_: query)
   monkeypatch.setattr(mosaic_gpu_call, "key_config", lambda d: key)
