@@ -24,8 +24,8 @@ PIECE = 16
 # This bit of `pieces` marks units that may not see every key of the tile.
 EDGE_BIT = 30
 EDGE = 1 << EDGE_BIT
-# Costs in units of one product of a warp: a window with nothing to do, a change of tiles.
-_WINDOW_COST = 1.0
+# Costs in units of one product of a warp: a window, which is copied, and a change of tiles.
+_WINDOW_COST = 6.0
 _TILE_COST = 4.0
 # Costs are counted over one of so many units.
 _SAMPLE = 8

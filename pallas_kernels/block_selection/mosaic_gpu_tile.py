@@ -243,15 +243,22 @@ class Tile:
     is_last = n * sizes.config.pairs + p == sizes.num_pairs - 1
     base = jnp.where(is_odd & is_last, 2, 0)
 
-    def mask(scores):
-      first, end = (self._vector(bounds.at[base + i]) for i in (_FIRST, _END))
+    def mask(which, compare, scores):
+      bound = self._vector(bounds.at[base + which])
       column = window + self._columns(width)
-      first, end = (lax.broadcast_in_dim(x, column.shape, [0]) for x in (first, end))
-      return jnp.where((column >= first) & (column < end), scores, _MASKED)
+      bound = lax.broadcast_in_dim(bound, column.shape, [0])
+      return jnp.where(compare(column, bound), scores, _MASKED)
+
+    def keep(scores):
+      return scores
 
     # Queries ascend, and so do their bounds: most windows are seen by all of them.
-    is_edge = (window < bounds[_FIRST, last]) | (window + width > bounds[_END, 0]) | (base > 0)
-    return lax.cond(is_edge, mask, lambda scores: scores, scores)
+    is_begin = window < bounds[_FIRST, last]
+    is_end = (window + width > bounds[_END, 0]) | (base > 0)
+    scores = lax.cond(
+      is_begin, functools.partial(mask, _FIRST, jnp.greater_equal), keep, scores
+    )
+    return lax.cond(is_end, functools.partial(mask, _END, jnp.less), keep, scores)
 
   # The first time through.
 

@@ -22,6 +22,8 @@ from pallas_kernels.mosaic_warp import PIECE
 INTERPRETED_WORKERS = 2
 # Bytes of a multiprocessor's shared memory, less what barriers and small arrays take.
 _SHARED_MEMORY = 208 * 1024
+# Bytes of a round that a device's cache holds beside what else goes through it.
+_CACHE = 36 * 2**20
 _LOG2E = 1.4426950408889634
 
 
@@ -46,8 +48,15 @@ def query_config(
   )
 
 
-def key_config(head_dim: int, rounds: int = 1) -> mosaic_gpu_dkv.Config:
-  """How the kernel over key tiles is laid out."""
+def key_config(head_dim: int, num_rows: int) -> mosaic_gpu_dkv.Config:
+  """How the kernel over key tiles is laid out.
+
+  Args:
+    head_dim: D.
+    num_rows: of queries, and as many of cotangents, that it reads.
+  """
+  # More rounds would leave more partial sums, which cost more than the cache saves.
+  rounds = min(4, -(-2 * 2 * num_rows * head_dim // _CACHE))
   warpgroups, stages, registers = (3, 8, 160) if head_dim == 64 else (2, 4, 208)
   return mosaic_gpu_dkv.Config(
     warpgroups=warpgroups,
@@ -84,7 +93,7 @@ class Call:
     self._num_blocks = -(-s // block_size) * self._parts_of_block
     entries = entries_per_unit(problem, block_size)
     self._forward_config, self._dq_config = (query_config(d, n, entries) for n in (1, 2))
-    self._key_config = key_config(d)
+    self._key_config = key_config(d, b * k * grouping.num_units * UNIT)
     self._num_keys = s
     shape = Shape(
       batch=b,

@@ -149,7 +149,9 @@ def dkv(
       """Calls `function(share)` for one tile after the other; returns windows in all."""
 
       def work_on_part(i, done):
-        part = i * shape.num_workers + worker
+        # There and back: what one round has more of than thought, the next has less of.
+        turned = shape.num_workers - 1 - worker
+        part = i * shape.num_workers + jnp.where(i % 2 == 0, worker, turned)
 
         def step(tile, _):
           share = share_of(tile, part, done)

@@ -58,7 +58,7 @@ def small(monkeypatch):
     rounds=2,
   )
   monkeypatch.setattr(mosaic_gpu_call, "query_config", lambda *_: query)
-  monkeypatch.setattr(mosaic_gpu_call, "key_config", lambda d: key)
+  monkeypatch.setattr(mosaic_gpu_call, "key_config", lambda *_: key)
   yield
   gpu_callbacks.reset_gpu_interpret_mode_state()
 
