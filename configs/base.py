@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     selection="exact",  # exact: the best blocks | half_local: as SSA's released kernel
     document_mask="both",  # streams that stop at documents: both | full | none
     gate=True,  # a sigmoid gate per head and token on the attention output
-    # auto: what is proven and can run, else xla (a run's first lines say which, and why)
+    # auto: cuDNN and mosaic_gpu where they can run, else xla (a run's first lines say which)
     # strict: cuDNN, mosaic_gpu or triton, or an error where none can run an operation
     kernels="auto",
     full_implementation="auto",  # auto: what `kernels` says | cudnn | xla

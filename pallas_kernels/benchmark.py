@@ -10,7 +10,7 @@ dense causal attention on the same queries, keys and values in the same run.
 """
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 import dataclasses
 import functools
 from importlib import metadata
@@ -19,12 +19,11 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import benchmark_layer, benchmark_lists, devices
+from pallas_kernels import benchmark_clock, benchmark_layer, benchmark_lists, devices
 from pallas_kernels.block_sparse_attention import mosaic_gpu, mosaic_gpu_call, reference, xla
 from pallas_kernels.block_sparse_attention.problem import Problem
 
@@ -92,30 +91,6 @@ class Row:
   ratio: float | None = None
 
 
-def measure(function: Callable, *args, repeats: int = 10, tries: int = 7) -> float:
-  """Milliseconds of the GPU for a function: the median of several runs of many calls each.
-
-  The calls of a run are in one program, so that no time passes between its kernels which a
-  whole model would not spend too.
-  """
-
-  @jax.jit
-  def run(*args):
-    def again(_, result):
-      # Each call seems to depend on the one before it.
-      return function(*jax.lax.optimization_barrier((args, result))[0])
-
-    return jax.lax.fori_loop(1, repeats, again, function(*args))
-
-  jax.block_until_ready(run(*args))
-  times = []
-  for _ in range(tries):
-    started = time.perf_counter()
-    jax.block_until_ready(run(*args))
-    times.append((time.perf_counter() - started) / repeats)
-  return sorted(times)[tries // 2] * 1e3
-
-
 def make_inputs(shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
   """Random queries, keys, values and cotangents of the output, bfloat16."""
   keys = jax.random.split(jax.random.key(seed), 4)
@@ -128,7 +103,7 @@ def make_inputs(shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
   return tuple(draw(key, h) for key, h in zip(keys, heads, strict=True))
 
 
-def check(shape: Shape, kind: str) -> dict[str, float]:
+def check(shape: Shape, kind: str, clock: benchmark_clock.Clock) -> dict[str, float]:
   """Errors of every output and gradient at a length that the definition can take.
 
   Raises:
@@ -136,13 +111,14 @@ def check(shape: Shape, kind: str) -> dict[str, float]:
   """
   short = dataclasses.replace(shape, batch=1, length=max(1024, 4 * shape.block_size))
   q, k, v, dout = make_inputs(short, seed=1)
-  blocks = benchmark_lists.make_lists(
-    "clustered" if ".npy" in kind else kind,
-    q,
-    k,
-    block_size=short.block_size,
-    num_blocks=short.num_blocks,
-  )
+  with clock.turn():
+    blocks = benchmark_lists.make_lists(
+      "clustered" if ".npy" in kind else kind,
+      q,
+      k,
+      block_size=short.block_size,
+      num_blocks=short.num_blocks,
+    )
 
   def outputs(attend, dtype):
     @jax.jit
@@ -169,12 +145,13 @@ def check(shape: Shape, kind: str) -> dict[str, float]:
   return errors
 
 
-def dense_times(q, k, v, dout) -> tuple[float, float]:
+def dense_times(clock: benchmark_clock.Clock, q, k, v, dout) -> tuple[float, float]:
   """Milliseconds of cuDNN's causal attention, forward and backward."""
 
   def attend(q, k, v):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
+  measure = clock.milliseconds
   forward = measure(attend, q, k, v)
   both = measure(lambda q, k, v, d: jax.vjp(attend, q, k, v)[1](d), q, k, v, dout)
   return forward, both - forward
@@ -205,14 +182,23 @@ def make_passes(problem: Problem, dout, block_size: int, scale: float):
   }
 
 
-def run(name: str, shape: Shape, kind: str, groups: Collection[str]) -> list[Row]:
+def run(
+  name: str,
+  shape: Shape,
+  kind: str,
+  groups: Collection[str],
+  clock: benchmark_clock.Clock,
+) -> list[Row]:
   """Measures every pass of some groups on one kind of lists."""
-  q, k, v, dout = make_inputs(shape)
-  blocks = benchmark_lists.make_lists(
-    kind, q, k, block_size=shape.block_size, num_blocks=shape.num_blocks
-  )
+  measure = clock.milliseconds
+  with clock.turn():
+    q, k, v, dout = make_inputs(shape)
+    blocks = benchmark_lists.make_lists(
+      kind, q, k, block_size=shape.block_size, num_blocks=shape.num_blocks
+    )
+    jax.block_until_ready((q, k, v, dout, blocks))
   scale = shape.head_dim**-0.5
-  dense_forward, dense_backward = dense_times(q, k, v, dout)
+  dense_forward, dense_backward = dense_times(clock, q, k, v, dout)
   pairs = benchmark_lists.num_pairs(blocks, shape.block_size)
   group = shape.heads // shape.kv_heads
   product = 2.0 * pairs * group * shape.head_dim
@@ -266,10 +252,10 @@ def run(name: str, shape: Shape, kind: str, groups: Collection[str]) -> list[Row
     arrays = (q, k, v, q, q, k, v, dout, q, k, v)
     rows.append(rated(f"op{label}, forward and backward", both, 7, arrays, both / total))
   dense = dense_forward, dense_backward
-  return rows + _around(row, shape, (q, k, v, dout), blocks, dense, groups)
+  return rows + _around(row, measure, shape, (q, k, v, dout), blocks, dense, groups)
 
 
-def _around(row, shape: Shape, inputs, blocks, dense, groups) -> list[Row]:
+def _around(row, measure, shape: Shape, inputs, blocks, dense, groups) -> list[Row]:
   """Selection, and whole layers; lists of the latter are those of the inputs."""
   q, k, v, dout = inputs
   scale, sizes = shape.head_dim**-0.5, dict(block_size=shape.block_size)
@@ -364,6 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("shapes", nargs="*", default=DEFAULT, help=", ".join(SHAPES))
   parser.add_argument("--lists", default="clustered,independent")
   parser.add_argument("--what", default=",".join(GROUPS), help=", ".join(GROUPS))
+  parser.add_argument("--turns", help="file that benchmarks side by side lock for the GPU")
   parser.add_argument("--out", default="results/kernels", help="directory to write")
   options = parser.parse_args(arguments)
   unknown = [name for name in options.shapes if name not in SHAPES]
@@ -377,13 +364,14 @@ def main(arguments: list[str] | None = None) -> int:
   if why_not is not None:
     sys.stderr.write(f"error: the benchmark {why_not}\n")
     return 2
+  clock = benchmark_clock.Clock(options.turns)
   for name in options.shapes:
     rows = []
     for kind in options.lists.split(","):
-      errors = check(SHAPES[name], kind)
+      errors = check(SHAPES[name], kind, clock)
       worst = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
       sys.stdout.write(f"\n{name}, {kind} lists; errors: {worst}\n")
-      new = run(name, SHAPES[name], kind, groups)
+      new = run(name, SHAPES[name], kind, groups, clock)
       sys.stdout.write(table(new) + "\n")
       rows += new
     path = save(pathlib.Path(options.out), name, rows)

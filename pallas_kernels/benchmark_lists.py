@@ -3,6 +3,8 @@
 independent  every query chooses at random
 clustered    scores wander slowly over time (first-order autoregression) and favour near
              blocks; as trained models choose
+steady       scores wander more slowly still: as where half of the blocks are chosen by what
+             they hold, whoever asks (NOSA)
 exact        the best blocks of random queries and keys, as `select_blocks` finds them
 FILE.npy     int32 [T, K, M] of a model, the same for all rows; or [T, M], for all heads
              too. FILE.npy:3 takes the third of a file of layers, counted from 0.
@@ -19,8 +21,11 @@ import numpy as np
 import pallas_kernels
 
 # Correlation of a block's score from one query to the next, and preference for near blocks.
-_CLUSTERED = dict(rho=0.9, local=0.5)
-_INDEPENDENT = dict(rho=0.0, local=0.0)
+_DRAWN = {
+  "independent": dict(rho=0.0, local=0.0),
+  "clustered": dict(rho=0.9, local=0.5),
+  "steady": dict(rho=0.97, local=0.2),
+}
 
 
 def make_lists(kind: str, q_BTHD, k_BTKD, *, block_size: int, num_blocks: int) -> jax.Array:
@@ -35,17 +40,16 @@ def make_lists(kind: str, q_BTHD, k_BTKD, *, block_size: int, num_blocks: int) -
       pallas_kernels.select_blocks, block_size=block_size, num_blocks=num_blocks
     )
     return jax.jit(select)(q_BTHD, k_BTKD)
-  if kind in ("clustered", "independent"):
-    options = _CLUSTERED if kind == "clustered" else _INDEPENDENT
+  if kind in _DRAWN:
     keys = jax.random.split(jax.random.key(0), k)
     draw = functools.partial(
-      _wandering, length=t, block_size=block_size, num_blocks=num_blocks, **options
+      _wandering, length=t, block_size=block_size, num_blocks=num_blocks, **_DRAWN[kind]
     )
     lists_TKM = jnp.stack([jax.jit(draw)(key) for key in keys], axis=1)
     return jnp.broadcast_to(lists_TKM[None], (b, *lists_TKM.shape))
   file, _, layer = kind.partition(":")
   if not pathlib.Path(file).is_file():
-    raise ValueError(f"{kind!r} is neither independent, clustered, exact nor a file")
+    raise ValueError(f"{kind!r} is none of {', '.join(_DRAWN)}, exact, and no file")
   lists = np.load(file)[int(layer)] if layer else np.load(file)
   if lists.shape not in ((t, num_blocks), (t, k, num_blocks)):
     raise ValueError(

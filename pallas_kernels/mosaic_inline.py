@@ -228,9 +228,7 @@ def words(ref, start, num_words):
   width = ref.shape[-1] if len(ref.shape) == 2 else PIECE
 
   def load(ref, start):
-    # An address need not be uniform, and the next words wait for it.
-    row = thread.multiply(thread.warp(is_known_uniform=False), width)
-    index = thread.add(row, thread.value(start))
+    index = thread.add(thread.multiply(thread.warp(), width), thread.value(start))
     place = thread.add(thread.smem_address(ref), thread.multiply(index, 4))
     return [
       mgpu_utils.inline_ptx(

@@ -46,14 +46,9 @@ def lane() -> ir.Value:
   return bits(mgpu_utils.thread_idx(), 0, 31)
 
 
-def warp(*, is_known_uniform: bool = True) -> ir.Value:
-  """Number of the warp in its warpgroup; only where all threads of the warp take part.
-
-  Args:
-    is_known_uniform: whether the compiler is to know that all lanes have the same, which
-      takes a shuffle every time.
-  """
-  return bits(mgpu_utils.warp_idx(sync=is_known_uniform), 0, 3)
+def warp() -> ir.Value:
+  """Number of the warp in its warpgroup; only where all threads of the warp take part."""
+  return bits(mgpu_utils.warp_idx(), 0, 3)
 
 
 def smem_address(ref) -> ir.Value:

@@ -1,6 +1,5 @@
 """Strictness for every test: eight devices, no silent broadcasting, checked array types."""
 
-import importlib
 import os
 import pathlib
 import tempfile
@@ -48,14 +47,6 @@ LONGEST = (
   "test_examples.py",
   "sparsejax/data/test_corpus.py",
 )
-
-
-@pytest.fixture
-def automatic_kernels(monkeypatch):
-  """As if kernels for Hopper had been proven: `auto` takes them where they can run."""
-  for op in ("block_selection", "block_sparse_attention"):
-    api = importlib.import_module(f"pallas_kernels.{op}.api")
-    monkeypatch.setattr(api, "AUTOMATIC", ("mosaic_gpu", "xla"))
 
 
 def pytest_collection_modifyitems(items):

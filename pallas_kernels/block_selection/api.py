@@ -23,9 +23,8 @@ from pallas_kernels.dispatch import Shaped
 type SelectionImplementation = Literal["auto", "strict", "mosaic_gpu", "xla", "reference"]
 type Rule = Literal["exact", "half_local"]
 
-# What `auto` tries, in this order. Kernels go in front once they have passed their tests and
-# been timed on a GPU as they stand (CONTRIBUTING.md).
-AUTOMATIC = ("xla",)
+# What `auto` tries, in this order.
+AUTOMATIC = ("mosaic_gpu", "xla")
 
 
 def select_blocks(
@@ -82,9 +81,9 @@ def select_blocks(
     key_score_BSK: of each key (NOSA's importance before the exponential).
     num_by_query: with scores of keys, how many blocks queries choose.
     implementation: `mosaic_gpu` runs on Hopper GPUs, for the dtypes and sizes in its file;
-      `xla` runs anywhere; `reference` is the definition. `strict` is `mosaic_gpu` or an
-      error; None and `auto` the first of `AUTOMATIC` that can run. Arrays that are divided
-      over a mesh of several devices reach the kernel in `jax.shard_map` alone.
+      `xla` runs anywhere; `reference` is the definition. None and `auto` take `mosaic_gpu`
+      where it can run and `xla` elsewhere; `strict` is `mosaic_gpu` or an error. Arrays that
+      are divided over a mesh of several devices reach it in `jax.shard_map` alone.
 
   Raises:
     ValueError: shapes or numbers that do not fit together, or an implementation that cannot

@@ -39,8 +39,9 @@ from pallas_kernels.block_selection.mosaic_gpu_sizes import (
 _FIRST, _END = 0, 1
 _MASKED = -1e30
 _LOWEST = -1e20
-# Products of the second time that are under way together: what registers have room for.
-_TOGETHER = {64: 4, 128: 2}
+# Products of the second time that are under way together; more of them take registers from
+# the descriptors of what is multiplied.
+_TOGETHER = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,22 +244,15 @@ class Tile:
     is_last = n * sizes.config.pairs + p == sizes.num_pairs - 1
     base = jnp.where(is_odd & is_last, 2, 0)
 
-    def mask(which, compare, scores):
-      bound = self._vector(bounds.at[base + which])
+    def mask(scores):
+      first, end = (self._vector(bounds.at[base + i]) for i in (_FIRST, _END))
       column = window + self._columns(width)
-      bound = lax.broadcast_in_dim(bound, column.shape, [0])
-      return jnp.where(compare(column, bound), scores, _MASKED)
-
-    def keep(scores):
-      return scores
+      first, end = (lax.broadcast_in_dim(x, column.shape, [0]) for x in (first, end))
+      return jnp.where((column >= first) & (column < end), scores, _MASKED)
 
     # Queries ascend, and so do their bounds: most windows are seen by all of them.
-    is_begin = window < bounds[_FIRST, last]
-    is_end = (window + width > bounds[_END, 0]) | (base > 0)
-    scores = lax.cond(
-      is_begin, functools.partial(mask, _FIRST, jnp.greater_equal), keep, scores
-    )
-    return lax.cond(is_end, functools.partial(mask, _END, jnp.less), keep, scores)
+    is_edge = (window < bounds[_FIRST, last]) | (window + width > bounds[_END, 0]) | (base > 0)
+    return lax.cond(is_edge, mask, lambda scores: scores, scores)
 
   # The first time through.
 
@@ -331,7 +325,7 @@ class Tile:
     """Adds probabilities of a round's heads to the scores of windows."""
     smem, num_pairs = self.smem, self.sizes.pairs_of_round(n)
     first_lse = n * self.sizes.config.pairs
-    size = min(_TOGETHER[self.sizes.head_dim], num_pairs)
+    size = min(_TOGETHER, num_pairs)
     num_whole = num_pairs // size
 
     def step(keys_ref, window, _):

@@ -21,9 +21,8 @@ type AttentionImplementation = Literal[
   "auto", "strict", "mosaic_gpu", "triton", "xla", "reference"
 ]
 
-# What `auto` tries, in this order. Kernels go in front once they have passed their tests and
-# been timed on a GPU as they stand (CONTRIBUTING.md).
-AUTOMATIC = ("xla",)
+# What `auto` tries, in this order. Not Triton: few tests of its kernels have run on a GPU.
+AUTOMATIC = ("mosaic_gpu", "xla")
 
 
 def block_sparse_attention(
@@ -62,10 +61,10 @@ def block_sparse_attention(
     scale: factor on the scores; None is D ** -0.5.
     implementation: `mosaic_gpu` runs on Hopper GPUs, `triton` on NVIDIA GPUs from Ampere on
       where the extra of that name is installed, each for the dtypes and sizes in its file;
-      `xla` runs anywhere; `reference` is the definition. `strict` is the first of the GPU
-      kernels that can run, or an error; None and `auto` the first of `AUTOMATIC` that can.
-      Arrays that are divided over a mesh of several devices reach the kernels in
-      `jax.shard_map` alone.
+      `xla` runs anywhere; `reference` is the definition. None and `auto` take `mosaic_gpu`
+      where it can run and `xla` elsewhere; `triton` runs by name or with `strict`, which is
+      the first of the GPU kernels that can run, or an error. Arrays that are divided over a
+      mesh of several devices reach the kernels in `jax.shard_map` alone.
 
   Raises:
     ValueError: shapes or dtypes that do not fit together, queries beyond the keys, or an

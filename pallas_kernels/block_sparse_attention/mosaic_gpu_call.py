@@ -56,7 +56,7 @@ def key_config(head_dim: int, num_rows: int) -> mosaic_gpu_dkv.Config:
     num_rows: of queries, and as many of cotangents, that it reads.
   """
   # More rounds would leave more partial sums, which cost more than the cache saves.
-  rounds = min(4, -(-2 * 2 * num_rows * head_dim // _CACHE))
+  rounds = min(3, -(-2 * 2 * num_rows * head_dim // _CACHE))
   warpgroups, stages, registers = (3, 8, 160) if head_dim == 64 else (2, 4, 208)
   return mosaic_gpu_dkv.Config(
     warpgroups=warpgroups,

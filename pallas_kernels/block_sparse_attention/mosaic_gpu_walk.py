@@ -11,9 +11,7 @@ See `mosaic_gpu_shape` for the letters.
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 import math
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -274,43 +272,42 @@ class Tile:
 
   def walk(self, step: Callable[["Group", Any], Any], start: Any) -> Any:
     """Carries `start` through `step(group, carry)` for all groups of each warp's list."""
-    warps = self.shape.warps
+    warps, entries = self.shape.warps, self.own("entries")
     # What all rows of a unit see of a block between these two, they see whole.
     (first,) = warps.words(self.own("first"), UNIT - 1, 1)
     (last,) = warps.words(self.own("position"), 0, 1)
 
-    def entries_from(e):
-      return warps.words(self.own("entries"), e, self.shape.group)
-
     def advance(state):
-      e, entries, ready, left, carry = state
-      group, ready, left = self._take(e, entries, ready, left, first, last)
+      e, entry, ready, left, carry = state
+      group, ready, left = self._take(e, entry, ready, left, first, last)
+      carry = step(group, carry)
       e = e + group.num_taken
-      # The next entries are on their way while this group is worked on.
-      ahead = entries_from(e)
-      return e, ahead, ready, left, step(group, carry)
+      (entry,) = warps.words(entries, e, 1)
+      return e, entry, ready, left, carry
 
     zero = jnp.int32(0)
-    state = zero, entries_from(zero), zero, zero, start
+    (entry,) = warps.words(entries, zero, 1)
+    state = zero, entry, zero, zero, start
     *_, ready, left, carry = lax.while_loop(
-      lambda state: state[1][0] < query_tiles.END, advance, state
+      lambda state: state[1] < query_tiles.END, advance, state
     )
     self.ring.leave(ready, left, self.num_stages)
     return carry
 
-  def _take(self, e, entries, ready, left, first, last):
-    """Leaves the ring below the first entry; takes it and as many more as the ring can hold."""
+  def _take(self, e, entry, ready, left, first, last):
+    """Leaves the ring below an entry; takes it and as many after it as the ring can hold."""
     shape, ring = self.shape, self.ring
     in_place, shift = (1 << query_tiles.PLACE_BITS) - 1, int(math.log2(shape.group))
-    stage = lax.shift_right_logical(entries[0] & in_place, shift)
+    stage = lax.shift_right_logical(entry & in_place, shift)
     ready, left = ring.leave(ready, left, stage)
+    entries = shape.warps.words(self.own("entries"), e, shape.group)
     # Further on there is no room before this warp has left the stage it is in.
     limit = (stage + ring.num_stages) * shape.group
     is_taken = [(x < query_tiles.END) & ((x & in_place) < limit) for x in entries]
     is_taken[0] = jnp.bool_(True)
     # Where nothing is taken, the first block stands in, and is masked.
     places = [
-      jnp.where(taken, x & in_place, entries[0] & in_place)
+      jnp.where(taken, x & in_place, entry & in_place)
       for x, taken in zip(entries, is_taken, strict=True)
     ]
     furthest = places[0]
@@ -407,17 +404,12 @@ class Group:
   def masked(self, scores, numbers: range) -> jax.Array:
     """The scores of some of its pieces, with what a row does not see put out of reach."""
     if self.tile.shape.has_tokens:
-      rules = self._is_begun(), self._is_passed(), self._is_listed()
-      return self._mask(scores, numbers, *rules)
+      return self._mask(scores, numbers)
     # Entries ascend, so the outer blocks tell. What is not taken has to go in any case.
     begins, size = self._begins, self.tile.shape.block_size
-    is_late = ~self.is_taken[-1] | (begins[-1] + (size - 1) > self.last)
-    is_early = begins[0] < self.first
-    for is_edge, rule in ((is_late, self._is_passed), (is_early, self._is_begun)):
-      scores = lax.cond(
-        is_edge, lambda s, rule=rule: self._mask(s, numbers, rule()), lambda s: s, scores
-      )
-    return scores
+    is_edge = ~self.is_taken[-1]
+    is_edge |= (begins[0] < self.first) | (begins[-1] + (size - 1) > self.last)
+    return lax.cond(is_edge, lambda s: self._mask(s, numbers), lambda s: s, scores)
 
   @property
   def _begins(self) -> list[jax.Array]:
@@ -425,48 +417,25 @@ class Group:
     shift, size = query_tiles.PLACE_BITS, self.tile.shape.block_size
     return [lax.shift_right_logical(x, shift) * size for x in self.entries]
 
-  # Rules: which keys, from the `begin`-th on of a block, each row sees, [rows, 16].
-
-  def _is_begun(self):
-    warps = self.tile.shape.warps
-    first, column = warps.load_vector(self.tile.own("first")), warps.iota(1)
-    begins = self._begins
-
-    def rule(block, begin):
-      return column >= along_rows(first - (begins[block] + begin), column.shape)
-
-    return rule
-
-  def _is_passed(self):
-    warps = self.tile.shape.warps
-    position, column = warps.load_vector(self.tile.own("position")), warps.iota(1)
-    # What is not taken begins beyond all positions.
-    begins = [
-      jnp.where(taken, begin, jnp.int32(2**30))
-      for taken, begin in zip(self.is_taken, self._begins, strict=True)
-    ]
-
-    def rule(block, begin):
-      return column <= along_rows(position - (begins[block] + begin), column.shape)
-
-    return rule
-
-  def _is_listed(self):
-    shape = self.tile.shape
-    bits = shape.warps.words(self.tile.own("tokens"), self.e, shape.group)
-    token = token_of_row(shape)
-
-    def rule(block, begin):
-      del begin
-      return (lax.shift_right_logical(bits[block], token) & 1) == 1
-
-    return rule
-
-  def _mask(self, scores, numbers, *rules):
-    per_block, parts = self.tile.shape.pieces_per_block, []
+  def _mask(self, scores, numbers):
+    tile, shape = self.tile, self.tile.shape
+    warps, per_block = shape.warps, shape.pieces_per_block
+    first = warps.load_vector(tile.own("first"))
+    position = warps.load_vector(tile.own("position"))
+    column = warps.iota(1)
+    if shape.has_tokens:
+      bits = warps.words(tile.own("tokens"), self.e, shape.group)
+      token = token_of_row(shape)
+    parts = []
     for i, n in enumerate(numbers):
-      place = n // per_block, UNIT * (n % per_block)
-      is_seen = functools.reduce(operator.and_, [rule(*place) for rule in rules])
+      block = n // per_block
+      begin = self._begins[block] + UNIT * (n % per_block)
+      # What is not taken begins beyond all positions.
+      seen_from = jnp.where(self.is_taken[block], begin, jnp.int32(2**30))
+      low, high = (along_rows(x, column.shape) for x in (first - begin, position - seen_from))
+      is_seen = (column >= low) & (column <= high)
+      if shape.has_tokens:
+        is_seen &= (lax.shift_right_logical(bits[block], token) & 1) == 1
       parts.append(jnp.where(is_seen, scores[:, UNIT * i : UNIT * (i + 1)], MASKED))
     return jnp.concatenate(parts, axis=1)
 

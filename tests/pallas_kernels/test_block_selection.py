@@ -445,7 +445,6 @@ def test_unknown_rule_is_refused():
     ),
   ],
 )
-@pytest.mark.usefixtures("automatic_kernels")
 def test_a_hopper_takes_its_kernel_where_it_can_run(changes, said, implementation, monkeypatch):
   monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
   options = dict(dtype=jnp.bfloat16, head_dim=64, block_size=16, num_blocks=4) | changes

@@ -274,7 +274,6 @@ def ours(monkeypatch):
     ),
   ],
 )
-@pytest.mark.usefixtures("automatic_kernels")
 def test_a_hopper_takes_its_kernels_where_they_can_run(
   changes, block_size, said, implementation, ours
 ):
@@ -284,14 +283,6 @@ def test_a_hopper_takes_its_kernels_where_they_can_run(
   assert str(choice) == f"block_sparse_attention: {said}"
 
 
-def test_auto_leaves_kernels_alone_until_they_are_proven(ours):
-  choice = choose_block_sparse_attention(*shapes(), block_size=16)
-  assert str(choice) == (
-    f"block_sparse_attention: xla (mosaic_gpu {BY_NAME}; triton {BY_NAME})"
-  )
-
-
-@pytest.mark.usefixtures("automatic_kernels")
 def test_triton_is_taken_by_name_alone(ours, monkeypatch):
   monkeypatch.setattr(devices, "why_not_hopper", lambda: "needs another GPU")
   choose = functools.partial(choose_block_sparse_attention, *shapes(), block_size=16)

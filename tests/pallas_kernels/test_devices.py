@@ -83,7 +83,6 @@ def hopper(monkeypatch):
   monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
 
 
-@pytest.mark.usefixtures("automatic_kernels")
 def test_over_a_mesh_auto_takes_xla_and_strict_refuses(hopper):
   problem = problems.make(8, 32, 4, 2, 64, 16, 2)
   arrays = [x.astype(jnp.bfloat16) for x in (problem.q, problem.k, problem.v)]

@@ -111,7 +111,6 @@ def test_the_choice_names_the_backends_of_both_streams():
 @pytest.mark.parametrize(
   ("dtype", "backend"), [(jnp.bfloat16, "mosaic_gpu"), (jnp.float32, "xla")]
 )
-@pytest.mark.usefixtures("automatic_kernels")
 def test_on_a_hopper_the_sparse_stream_takes_its_kernels(dtype, backend, monkeypatch):
   monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
   q, k = (jax.ShapeDtypeStruct((2, 64, n, 64), dtype) for n in (4, 2))

@@ -56,7 +56,6 @@ def test_a_cpu_takes_xla_and_says_why():
     ),
   ],
 )
-@pytest.mark.usefixtures("automatic_kernels")
 def test_a_hopper_takes_its_kernels_and_says_why_where_it_does_not(
   changes, selection, sparse, monkeypatch
 ):

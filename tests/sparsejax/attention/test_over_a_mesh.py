@@ -90,7 +90,6 @@ def count_kernels(traced):
     ("train", (2, 2, 2), {"mosaic_gpu", "__cudnn"}),
   ],
 )
-@pytest.mark.usefixtures("automatic_kernels")
 def test_gpus_run_kernels_on_their_own_rows_and_heads(hopper, stream, sizes, kernels):
   data, fsdp, tensor = sizes
   mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
