@@ -22,7 +22,7 @@ def make(kind):
   return benchmark_lists.make_lists(kind, q, k, block_size=BLOCK, num_blocks=M)
 
 
-@pytest.mark.parametrize("kind", ["independent", "clustered", "exact"])
+@pytest.mark.parametrize("kind", ["independent", "clustered", "steady", "exact"])
 def test_lists_hold_the_own_block_and_no_later_one(kind):
   blocks = np.asarray(make(kind))
   assert blocks.shape == (2, T, 2, M)
@@ -38,10 +38,10 @@ def test_lists_hold_the_own_block_and_no_later_one(kind):
 
 
 def test_neighbours_agree_more_in_clustered_lists():
-  far, near = (
-    benchmark_lists.mean_union(make(kind), 8) for kind in ("independent", "clustered")
+  far, near, nearest = (
+    benchmark_lists.mean_union(make(kind), 8) for kind in ("independent", "clustered", "steady")
   )
-  assert M <= near < far
+  assert M <= nearest < near < far
 
 
 def test_pairs_are_those_of_the_causal_mask():
@@ -61,7 +61,7 @@ def test_lists_from_a_file(tmp_path):
   np.save(tmp_path / "short.npy", lists[:5])
   with pytest.raises(ValueError, match=r"holds \(5, 3\), not \(128, 3\) or \(128, 2, 3\)"):
     make(str(tmp_path / "short.npy"))
-  with pytest.raises(ValueError, match="'nothing' is neither"):
+  with pytest.raises(ValueError, match="'nothing' is none of independent, clustered, steady"):
     make("nothing")
 
 
