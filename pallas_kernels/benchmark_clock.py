@@ -12,6 +12,7 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 
 # A run of many calls takes about so many seconds.
 _RUN = 0.03
@@ -19,49 +20,54 @@ _MOST_CALLS = 10
 _TRIES = 7
 
 
-class Clock:
-  """Measures functions.
+class Timed:
+  """A function, compiled to be called several times in a row.
+
+  The calls of a run are in one program, so that no time passes between its kernels which a
+  whole model would not spend too.
 
   Args:
-    turns: file that processes lock while they use the GPU; None where there are no others.
+    function: of arrays, or pytrees of them.
+    *args: shapes and dtypes of its arguments.
   """
 
-  def __init__(self, turns: str | os.PathLike | None = None):
-    self._turns = None if turns is None else pathlib.Path(turns)
-
-  @contextlib.contextmanager
-  def turn(self) -> Iterator[None]:
-    """Nobody else uses the GPU meanwhile."""
-    if self._turns is None:
-      yield
-      return
-    with self._turns.open("w") as file:
-      fcntl.flock(file, fcntl.LOCK_EX)
-      yield
-
-  def milliseconds(self, function: Callable, *args) -> float:
-    """What a call takes of the GPU: the median of several runs of many calls each.
-
-    The calls of a run are in one program, so that no time passes between its kernels which a
-    whole model would not spend too.
-    """
+  def __init__(self, function: Callable, *args):
+    self.result_shape = jax.eval_shape(function, *args)
 
     def run(num_calls, *args):
-      def again(_, result):
+      def call(_, result):
         # Each call seems to depend on the one before it.
         return function(*jax.lax.optimization_barrier((args, result))[0])
 
-      return jax.lax.fori_loop(1, num_calls, again, function(*args))
+      start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.result_shape)
+      return jax.lax.fori_loop(0, num_calls, call, start)
 
-    compiled = jax.jit(run).lower(1, *args).compile()
+    self._run = jax.jit(run).lower(1, *args).compile()
+
+  def result(self, *args):
+    """What the function returns."""
+    return jax.block_until_ready(self._run(1, *args))
+
+  def milliseconds(self, *args) -> float:
+    """What a call takes of the GPU: the median of several runs of many calls each."""
 
     def seconds(num_calls: int) -> float:
       started = time.perf_counter()
-      jax.block_until_ready(compiled(num_calls, *args))
+      jax.block_until_ready(self._run(num_calls, *args))
       return time.perf_counter() - started
 
-    with self.turn():
-      seconds(1)
-      num_calls = max(1, min(_MOST_CALLS, int(_RUN / seconds(1))))
-      times = sorted(seconds(num_calls) / num_calls for _ in range(_TRIES))
+    seconds(1)
+    num_calls = max(1, min(_MOST_CALLS, int(_RUN / seconds(1))))
+    times = sorted(seconds(num_calls) / num_calls for _ in range(_TRIES))
     return 1e3 * times[_TRIES // 2]
+
+
+@contextlib.contextmanager
+def turn(path: str | os.PathLike | None) -> Iterator[None]:
+  """Meanwhile no other process is in a turn with the same file; None is no file at all."""
+  if path is None:
+    yield
+    return
+  with pathlib.Path(path).open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield

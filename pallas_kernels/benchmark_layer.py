@@ -29,20 +29,27 @@ def check_selection(q_BTHD, k_BTKD, *, block_size: int, num_blocks: int) -> floa
   return different
 
 
-def selection_passes(call, bounds, *, block_size: int, num_blocks: int):
-  """Selection alone, and with the lists that the forward kernel reads, by name."""
+def selection_passes(call, *, block_size: int, num_blocks: int):
+  """Selection alone, and with the lists that the forward kernel reads, by name.
+
+  Both are functions of queries, keys and bounds.
+  """
   select = functools.partial(
     select_blocks, block_size=block_size, num_blocks=num_blocks, implementation="mosaic_gpu"
   )
 
-  def with_lists(q_BTHD, k_BTKD):
+  def alone(q_BTHD, k_BTKD, bounds):
+    del bounds
+    return select(q_BTHD, k_BTKD)
+
+  def with_lists(q_BTHD, k_BTKD, bounds):
     return call.make_lists(select(q_BTHD, k_BTKD), bounds)[1]
 
-  return {"selection": select, "selection and lists of query tiles": with_lists}
+  return {"selection": alone, "selection and lists of query tiles": with_lists}
 
 
 def dense_in_mosaic(q_BTHD, k_BTKD, v_BTKD):
-  """Pallas' own dense causal attention, unscaled, in Mosaic.
+  """Pallas' own dense causal attention, unscaled, in Mosaic; it takes float16.
 
   One pass for both streams of SSA would be this kernel and more. What it takes beyond
   cuDNN's must then be less than the sparse kernels take, or two passes are faster.

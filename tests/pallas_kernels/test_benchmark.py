@@ -1,7 +1,7 @@
 """The benchmark's lists and counts; what it times needs a GPU."""
 
 import dataclasses
-import functools
+import fcntl
 import json
 
 import jax
@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import benchmark, benchmark_layer, benchmark_lists, devices
-from pallas_kernels.block_sparse_attention import mosaic_gpu, mosaic_gpu_call
-from pallas_kernels.block_sparse_attention.problem import Problem
+from pallas_kernels import (
+  benchmark,
+  benchmark_check,
+  benchmark_clock,
+  benchmark_lists,
+  benchmark_passes,
+  devices,
+)
+from pallas_kernels.benchmark_shape import Shape
 
 T, BLOCK, M = 128, 16, 3
 
@@ -78,27 +84,46 @@ def test_where_it_cannot_run_it_says_so(capsys):
   assert "--what=all is none of kernels, op" in capsys.readouterr().err
 
 
-def test_layers_are_built_as_on_a_gpu(monkeypatch):
+def test_passes_are_built_as_on_a_gpu(monkeypatch):
   """Everything but running: arguments, shapes and implementations fit together."""
   monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
-  q, k = (jnp.zeros((1, 96, heads, 64), jnp.bfloat16) for heads in (32, 2))
-  problem = Problem(q, k, k, jnp.zeros((1, 96, 2, 4), int), jnp.int32(0), None, None)
-  call = mosaic_gpu_call.Call(problem, 16, 0.125)
-  passes = benchmark_layer.selection_passes(
-    call, call.bounds(problem), block_size=16, num_blocks=4
+  monkeypatch.setattr(devices, "num_multiprocessors", lambda: 132)
+  shape = Shape(1, 96, 32, 2, 64, 16, 4)
+  arrays, timed = benchmark_passes.inputs(shape), set()
+  for p in benchmark_passes.passes(shape, set(benchmark_passes.GROUPS) - {"mosaic"}):
+    timed |= {p.what} if p.dense else set()
+    assert {*p.args, *p.moved} <= arrays.keys()
+    if not p.what.startswith("dual path"):  # its dense stream is cuDNN's
+      arrays[p.what] = jax.eval_shape(p.function, *(arrays[name] for name in p.args))
+  assert arrays["selection"].shape == (1, 96, 2, 4)
+  assert arrays["selection and lists of query tiles"].count_RX.shape == (2, 8)
+  assert arrays["op, forward"] == arrays["forward"][0] == arrays["q"]
+  gradients = [arrays[name] for name in ("q", "k", "v")]
+  for what in ("op", "op in XLA", "sparse layer"):
+    assert [*arrays[f"{what}, forward and backward"]] == gradients
+  assert [arrays["dq"], *arrays["dk dv, adding parts"][:2]] == gradients
+  assert len(timed) == 6 + 2 + 2 + 2 + 2
+
+
+def test_results_and_times_are_those_of_single_calls():
+  timed = benchmark_clock.Timed(lambda x, y: (x + y, x), *[jnp.zeros(3)] * 2)
+  total, same = timed.result(jnp.arange(3.0), jnp.ones(3))
+  np.testing.assert_array_equal(total, [1, 2, 3])
+  np.testing.assert_array_equal(same, [0, 1, 2])
+  short, long = (
+    benchmark_clock.Timed(lambda x, n=n: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x), x)
+    for n, x in ((20, jnp.eye(64)), (2000, jnp.eye(64)))
   )
-  lists = jax.eval_shape(passes["selection"], q, k)
-  assert lists.shape == (1, 96, 2, 4)
-  tiles = jax.eval_shape(passes["selection and lists of query tiles"], q, k)
-  assert tiles.count_RX.shape == (2, 8)
+  assert 0 < 5 * short.milliseconds(jnp.eye(64)) < long.milliseconds(jnp.eye(64))
 
-  def attend(q, k, v, blocks):
-    problem = Problem(q, k, v, blocks, jnp.int32(0), None, None)
-    return mosaic_gpu.block_sparse_attention(problem, 0, 16, 0.125)[0]
 
-  layer = functools.partial(benchmark_layer.layer, attend=attend, block_size=16, num_blocks=4)
-  shapes = [x.shape for x in jax.eval_shape(layer, q, k, k, q)]
-  assert shapes == [q.shape, k.shape, k.shape]
+def test_turns_do_not_overlap(tmp_path):
+  with (tmp_path / "turns").open("w") as other:
+    with benchmark_clock.turn(tmp_path / "turns"), pytest.raises(BlockingIOError):
+      fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  with benchmark_clock.turn(None):
+    pass
 
 
 def test_a_shape_is_saved_in_a_file_of_its_own(tmp_path):
@@ -114,5 +139,5 @@ def test_a_shape_is_saved_in_a_file_of_its_own(tmp_path):
 @pytest.mark.gpu
 def test_errors_are_measured_before_anything_is_timed():
   for name in benchmark.DEFAULT:
-    errors = benchmark.check(benchmark.SHAPES[name], "clustered")
+    errors = benchmark_check.Check(benchmark.SHAPES[name]).errors("clustered")
     assert errors.keys() == {"lists", "out", "lse", "dq", "dk", "dv"}
