@@ -188,12 +188,11 @@ def main(arguments: list[str] | None = None) -> int:
         errors = compiled.check.errors(kind)
         worst = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
         sys.stdout.write(f"\n{name}, {kind} lists; errors: {worst}\n")
-        new = compiled.rows(name, kind)
-        sys.stdout.write(table(new) + "\n")
-        rows += new
-    path = save(pathlib.Path(options.out), name, rows)
-    sys.stdout.write(f"saved in {path}\n")
-    sys.stdout.flush()
+        rows += compiled.rows(name, kind)
+        sys.stdout.write(table([row for row in rows if row.lists == kind]) + "\n")
+        path = save(pathlib.Path(options.out), name, rows)
+        sys.stdout.write(f"saved in {path}\n")
+        sys.stdout.flush()
   return 0
 
 
