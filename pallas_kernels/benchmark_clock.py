@@ -14,10 +14,10 @@ import time
 import jax
 import jax.numpy as jnp
 
-# A run of many calls takes about so many seconds.
-_RUN = 0.03
-_MOST_CALLS = 10
+_CALLS = 6  # of a run
 _TRIES = 7
+# Seconds after which there are no more tries, but for the first three.
+_LONG = 1.0
 
 
 class Timed:
@@ -34,32 +34,29 @@ class Timed:
   def __init__(self, function: Callable, *args):
     self.result_shape = jax.eval_shape(function, *args)
 
-    def run(num_calls, *args):
+    # How many calls there are, is known to the compiler: else the CPU decides before each.
+    def run(*args):
       def call(_, result):
         # Each call seems to depend on the one before it.
         return function(*jax.lax.optimization_barrier((args, result))[0])
 
       start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.result_shape)
-      return jax.lax.fori_loop(0, num_calls, call, start)
+      return jax.lax.fori_loop(0, _CALLS, call, start)
 
-    self._run = jax.jit(run).lower(1, *args).compile()
+    self._run = jax.jit(run).lower(*args).compile()
 
   def result(self, *args):
     """What the function returns."""
-    return jax.block_until_ready(self._run(1, *args))
+    return jax.block_until_ready(self._run(*args))
 
   def milliseconds(self, *args) -> float:
-    """What a call takes of the GPU: the median of several runs of many calls each."""
-
-    def seconds(num_calls: int) -> float:
+    """What a call takes of the GPU: the median of several runs of several calls each."""
+    times = []
+    while len(times) < _TRIES and (len(times) < 3 or sum(times) < _LONG):
       started = time.perf_counter()
-      jax.block_until_ready(self._run(num_calls, *args))
-      return time.perf_counter() - started
-
-    seconds(1)
-    num_calls = max(1, min(_MOST_CALLS, int(_RUN / seconds(1))))
-    times = sorted(seconds(num_calls) / num_calls for _ in range(_TRIES))
-    return 1e3 * times[_TRIES // 2]
+      jax.block_until_ready(self._run(*args))
+      times.append(time.perf_counter() - started)
+    return 1e3 * sorted(times)[len(times) // 2] / _CALLS
 
 
 @contextlib.contextmanager
