@@ -4,7 +4,6 @@ import functools
 
 import jax
 from jax.experimental.pallas.ops.gpu import attention_mgpu
-import jax.numpy as jnp
 
 from pallas_kernels.block_selection.api import select_blocks
 from pallas_kernels.dual_path_attention.api import dual_path_attention
