@@ -21,7 +21,8 @@ type AttentionImplementation = Literal[
   "auto", "strict", "mosaic_gpu", "triton", "xla", "reference"
 ]
 
-# What `auto` tries, in this order. Not Triton: few tests of its kernels have run on a GPU.
+# What `auto` tries, in this order. Not Triton: it has not
+# been timed, and has run on no GPU but Hopper.
 AUTOMATIC = ("mosaic_gpu", "xla")
 
 

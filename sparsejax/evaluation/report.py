@@ -3,7 +3,8 @@
   python -m sparsejax.evaluation.report runs/full_20m runs/moba_20m runs/ssa_20m \
     --out=results/20m
 
-Reads what train.py and eval.py left in each workdir; needs no checkpoint and no GPU.
+Reads what train.py and eval.py left in each workdir; needs no checkpoint and no GPU. A run
+of an earlier report is named by its summary: results/20m/summary.json:full_20m.
 """
 
 import argparse
@@ -82,13 +83,16 @@ class Run:
     )
 
 
-def read(workdir: str | pathlib.Path) -> Run:
-  """Reads a workdir.
+def read(source: str | pathlib.Path) -> Run:
+  """Reads a workdir, or what a report says of a run (`FILE.json:NAME`).
 
   Raises:
-    DataError: it is none, or has no logged step.
+    DataError: it is neither, or has no logged step.
   """
-  workdir = pathlib.Path(workdir)
+  file, _, name = str(source).rpartition(":")
+  if file.endswith(".json"):
+    return _read_summary(pathlib.Path(file), name)
+  workdir = pathlib.Path(source)
   try:
     config = json.loads((workdir / "config.json").read_text())
     environment = (workdir / "environment.jsonl").read_text().splitlines()[-1]
@@ -108,6 +112,26 @@ def read(workdir: str | pathlib.Path) -> Run:
     validation=[r for r in records if "eval/full/loss" in r],
     cells=_newest_cells(workdir / "eval"),
     sample=_newest_sample(workdir / "samples"),
+  )
+
+
+def _read_summary(path: pathlib.Path, name: str) -> Run:
+  try:
+    summaries = {summary["name"]: summary for summary in json.loads(path.read_text())}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.DataError(f"{path} is not the summary of a report: {error!r}") from error
+  if name not in summaries:
+    raise errors.DataError(f"{path} has no run {name!r}; there are {', '.join(summaries)}.")
+  summary = summaries[name]
+  return Run(
+    name=name,
+    config=summary["config"],
+    config_hash=summary["config_hash"],
+    environment=summary["environment"],
+    training=summary["training_curve"],
+    validation=summary["validation_curve"],
+    cells=[perplexity.Cell(**cell) for cell in summary["perplexity"]],
+    sample=summary["sample"],
   )
 
 
@@ -231,11 +255,11 @@ def main(arguments: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("workdirs", nargs="+", help="workdirs of runs")
+  parser.add_argument("runs", nargs="+", help="workdirs, or runs of reports: FILE.json:NAME")
   parser.add_argument("--out", required=True, help="directory to write")
   options = parser.parse_args(arguments)
   try:
-    text = write([read(workdir) for workdir in options.workdirs], options.out)
+    text = write([read(run) for run in options.runs], options.out)
   except errors.UserError as error:
     sys.stderr.write(f"error: {error}\n")
     return 2

@@ -186,6 +186,17 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
     report.read(workdir)
 
 
+def test_a_run_of_an_earlier_report_is_read_from_its_summary(tmp_path):
+  run = report.read(make_workdir(tmp_path))
+  report.write([run], tmp_path / "first")
+  again = report.read(f"{tmp_path}/first/summary.json:a")
+  assert again == run
+  with pytest.raises(errors.DataError, match=r"summary.json has no run 'b'; there are a\."):
+    report.read(f"{tmp_path}/first/summary.json:b")
+  with pytest.raises(errors.DataError, match=r"none.json is not the summary of a report"):
+    report.read(f"{tmp_path}/none.json:a")
+
+
 def test_the_command_line(tmp_path, capsys):
   workdir, out = make_workdir(tmp_path), tmp_path / "out"
   assert report.main([str(workdir), f"--out={out}"]) == 0
