@@ -1,30 +1,30 @@
 """Timing functions on a GPU, and taking turns with other processes that do the same.
 
-Most of a benchmark's time goes into lowering kernels, on the CPU. Several processes can do
+A time is that of the function's kernels, as the device's own trace has it. Clocks of the CPU
+would add what lies between the kernels: in a whole model, other kernels do.
+
+Most of a benchmark's time goes into compiling kernels, on the CPU. Several processes can do
 that side by side, if they do not run on the GPU at the same time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import fcntl
 import os
 import pathlib
-import time
+import statistics
+import tempfile
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-_CALLS = 6  # of a run
 _TRIES = 7
-# Seconds after which there are no more tries, but for the first three.
-_LONG = 1.0
+# Milliseconds after which there are no more tries, but for the first three.
+_LONG = 1000.0
 
 
 class Timed:
-  """A function, compiled to be called several times in a row.
-
-  The calls of a run are in one program, so that no time passes between its kernels which a
-  whole model would not spend too.
+  """A function, compiled.
 
   Args:
     function: of arrays, or pytrees of them.
@@ -33,30 +33,50 @@ class Timed:
 
   def __init__(self, function: Callable, *args):
     self.result_shape = jax.eval_shape(function, *args)
-
-    # How many calls there are, is known to the compiler: else the CPU decides before each.
-    def run(*args):
-      def call(_, result):
-        # Each call seems to depend on the one before it.
-        return function(*jax.lax.optimization_barrier((args, result))[0])
-
-      start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.result_shape)
-      return jax.lax.fori_loop(0, _CALLS, call, start)
-
-    self._run = jax.jit(run).lower(*args).compile()
+    self._run = jax.jit(function).lower(*args).compile()
 
   def result(self, *args):
     """What the function returns."""
     return jax.block_until_ready(self._run(*args))
 
   def milliseconds(self, *args) -> float:
-    """What a call takes of the GPU: the median of several runs of several calls each."""
+    """The time of its kernels: the median of several calls.
+
+    Raises:
+      RuntimeError: it ran on no GPU.
+    """
+    self.result(*args)
     times = []
     while len(times) < _TRIES and (len(times) < 3 or sum(times) < _LONG):
-      started = time.perf_counter()
-      jax.block_until_ready(self._run(*args))
-      times.append(time.perf_counter() - started)
-    return 1e3 * sorted(times)[len(times) // 2] / _CALLS
+      with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+          self.result(*args)
+        (path,) = pathlib.Path(folder).glob("**/*.xplane.pb")
+        trace = jax.profiler.ProfileData.from_file(str(path))
+        times.append(busy(trace.planes) / 1e6)
+    return statistics.median(times)
+
+
+def busy(planes: Iterable[Any]) -> float:
+  """Nanoseconds of all kernels and copies of a trace.
+
+  Args:
+    planes: of `jax.profiler.ProfileData`.
+
+  Raises:
+    RuntimeError: there are none.
+  """
+  durations = [
+    event.duration_ns
+    for plane in planes
+    if plane.name.startswith("/device:GPU")
+    for line in plane.lines
+    if "Stream" in line.name
+    for event in line.events
+  ]
+  if not durations:
+    raise RuntimeError("the trace has no kernel of a GPU")
+  return float(sum(durations))
 
 
 @contextlib.contextmanager

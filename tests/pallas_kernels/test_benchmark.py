@@ -2,7 +2,9 @@
 
 import dataclasses
 import fcntl
+import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -105,16 +107,41 @@ def test_passes_are_built_as_on_a_gpu(monkeypatch):
   assert len(timed) == 6 + 2 + 2 + 2 + 2
 
 
-def test_results_and_times_are_those_of_single_calls():
+def test_a_time_is_that_of_kernels_alone():
+  def plane(name, **lines):
+    events = {k: [SimpleNamespace(duration_ns=x) for x in v] for k, v in lines.items()}
+    return SimpleNamespace(
+      name=name, lines=[SimpleNamespace(name=k, events=v) for k, v in events.items()]
+    )
+
+  gpu = plane("/device:GPU:0", **{"Stream #1": [3, 4], "XLA Modules": [100], "Stream #2": [5]})
+  planes = [plane("/host:CPU", **{"Stream #1": [1000]}), gpu]
+  assert benchmark_clock.busy(planes) == 3 + 4 + 5
+  with pytest.raises(RuntimeError, match="no kernel of a GPU"):
+    benchmark_clock.busy(planes[:1])
+
+
+def test_results_are_those_of_the_function():
   timed = benchmark_clock.Timed(lambda x, y: (x + y, x), *[jnp.zeros(3)] * 2)
   total, same = timed.result(jnp.arange(3.0), jnp.ones(3))
   np.testing.assert_array_equal(total, [1, 2, 3])
   np.testing.assert_array_equal(same, [0, 1, 2])
-  short, long = (
-    benchmark_clock.Timed(lambda x, n=n: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x), x)
-    for n, x in ((20, jnp.eye(64)), (2000, jnp.eye(64)))
+  if jax.devices()[0].platform == "cpu":
+    with pytest.raises(RuntimeError, match="no kernel of a GPU"):
+      timed.milliseconds(jnp.arange(3.0), jnp.ones(3))
+
+
+@pytest.mark.gpu
+def test_times_are_those_of_the_work():
+  x = jnp.ones((2048, 2048), jnp.bfloat16)
+
+  def power(n, x):
+    return functools.reduce(jnp.matmul, [x] * n)
+
+  once, often = (
+    benchmark_clock.Timed(functools.partial(power, n), x).milliseconds(x) for n in (2, 11)
   )
-  assert 0 < 5 * short.milliseconds(jnp.eye(64)) < long.milliseconds(jnp.eye(64))
+  assert 5 * once < often < 20 * once
 
 
 def test_turns_do_not_overlap(tmp_path):
