@@ -83,16 +83,6 @@ def _wandering(key, *, length, block_size, num_blocks, rho, local):
   return jax.lax.scan(step, start_N, steps)[1]
 
 
-def mean_union(blocks_BTKM, tile: int) -> float:
-  """Blocks that a tile of neighbouring queries reads together, averaged over tiles."""
-  lists_TM = np.asarray(blocks_BTKM[0, :, 0])
-  sizes = [
-    len(np.unique(lists_TM[start : start + tile][lists_TM[start : start + tile] >= 0]))
-    for start in range(0, len(lists_TM), tile)
-  ]
-  return float(np.mean(sizes))
-
-
 def num_pairs(blocks_BTKM, block_size: int) -> int:
   """Pairs of a query and a key that it reads, over all rows and key heads."""
   blocks = np.asarray(blocks_BTKM)

@@ -6,9 +6,9 @@ piece. In the order of time, the queries that read a piece come in long runs, an
 would wait for one. Dealt out one by one over all windows of the tile, every window holds
 about the same share of every piece's queries.
 
-The windows of all tiles, end to end, are cut into as many parts of equal cost as there are
-workers. A tile may be shared by several workers: each leaves its sum in a slot of its own,
-`tile + worker`, which no other pair has, as either number only grows along the way.
+The windows of all tiles, end to end, are cut into parts of equal cost, one or several for
+each worker. A tile may be shared by several parts: each leaves its sum in a slot of its own,
+`tile + part`, which no other pair has, as either number only grows along the way.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ class KeyTiles(NamedTuple):
       units are single tokens.
     first_window_X: the first window of every tile, and at last their number. X = R * tiles
       of a row, + 1.
-    bounds_W: the first window of every worker, and at last their number.
-    first_tile_W, last_tile_W: the tiles that a worker begins and ends in.
-    first_worker_X, last_worker_X: workers that share a tile; where it has no window, the
-      last is before the first. Workers between them may have no window at all.
+    bounds_W: the first window of every part, and at last their number.
+    first_tile_W, last_tile_W: the tiles that a part begins and ends in.
+    first_part_X, last_part_X: parts that share a tile; where it has no window, the
+      last is before the first. Parts between them may have no window at all.
   """
 
   units_W: jax.Array
@@ -54,8 +54,8 @@ class KeyTiles(NamedTuple):
   bounds_W: jax.Array
   first_tile_W: jax.Array
   last_tile_W: jax.Array
-  first_worker_X: jax.Array
-  last_worker_X: jax.Array
+  first_part_X: jax.Array
+  last_part_X: jax.Array
 
 
 class Dealt(NamedTuple):
@@ -107,20 +107,20 @@ class Tiling:
 
 
 def key_tiles(
-  lists: units.UnitLists, tiling: Tiling, *, num_workers: int, has_tokens: bool
+  lists: units.UnitLists, tiling: Tiling, *, num_parts: int, has_tokens: bool
 ) -> KeyTiles:
   """Turns the lists round.
 
   Args:
     lists: of the units.
     tiling: of keys.
-    num_workers: that share the work.
+    num_parts: of the work.
     has_tokens: whether units hold several tokens.
 
   Raises:
     ValueError: more pairs of tiles and units than 32 bits can number.
   """
-  return share(deal(lists, tiling, has_tokens), lists, tiling, num_workers)
+  return share(deal(lists, tiling, has_tokens), lists, tiling, num_parts)
 
 
 def deal(lists: units.UnitLists, tiling: Tiling, has_tokens: bool) -> Dealt:
@@ -162,11 +162,11 @@ def windows_of(num_units_X) -> tuple[jax.Array, jax.Array]:
   return windows_X, jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(windows_X)])
 
 
-def share(dealt: Dealt, lists: units.UnitLists, tiling: Tiling, num_workers: int) -> KeyTiles:
-  """Cuts the windows into parts of equal cost, one for each worker."""
+def share(dealt: Dealt, lists: units.UnitLists, tiling: Tiling, num_parts: int) -> KeyTiles:
+  """Cuts the windows into parts of equal cost."""
   windows_X, first_window_X = dealt.windows_X, dealt.first_window_X
   num_tiles = len(windows_X)
-  bounds_W = _bounds(_cost(lists, windows_X, tiling), windows_X, first_window_X, num_workers)
+  bounds_W = _bounds(_cost(lists, windows_X, tiling), windows_X, first_window_X, num_parts)
   starts_X = first_window_X[:-1]
   return KeyTiles(
     units_W=dealt.units_W,
@@ -176,9 +176,9 @@ def share(dealt: Dealt, lists: units.UnitLists, tiling: Tiling, num_workers: int
     bounds_W=bounds_W,
     first_tile_W=_place(first_window_X, bounds_W[:-1], num_tiles),
     last_tile_W=_place(first_window_X, bounds_W[1:] - 1, num_tiles),
-    first_worker_X=_place(bounds_W, starts_X, num_workers),
-    last_worker_X=jnp.where(
-      windows_X > 0, _place(bounds_W, first_window_X[1:] - 1, num_workers), -1
+    first_part_X=_place(bounds_W, starts_X, num_parts),
+    last_part_X=jnp.where(
+      windows_X > 0, _place(bounds_W, first_window_X[1:] - 1, num_parts), -1
     ),
   )
 
@@ -239,11 +239,11 @@ def _cost(lists, windows_X, tiling: Tiling):
   return jnp.maximum(most_X / jnp.maximum(windows_X, 1), _WINDOW_COST)
 
 
-def _bounds(cost_X, windows_X, first_window_X, num_workers: int):
-  """Windows at which workers begin, so that all of them cost about the same."""
+def _bounds(cost_X, windows_X, first_window_X, num_parts: int):
+  """Windows at which parts begin, so that all of them cost about the same."""
   total_X = jnp.where(windows_X > 0, cost_X * windows_X + _TILE_COST, 0.0)
   before_X = jnp.concatenate([jnp.zeros(1), jnp.cumsum(total_X)])
-  share_W = before_X[-1] * jnp.arange(1, num_workers) / num_workers
+  share_W = before_X[-1] * jnp.arange(1, num_parts) / num_parts
   tile_W = _place(before_X, share_W, len(windows_X))
   within_W = ((share_W - before_X[tile_W]) / cost_X[tile_W]).astype(jnp.int32)
   within_W = jnp.clip(within_W, 0, windows_X[tile_W])

@@ -28,8 +28,15 @@ _WARPS = 4
 _LANES = 32
 # Stretches of a row, at most: their counts are summed along the row.
 _MOST_STRETCHES = 256
+# Bytes of a multiprocessor's shared memory, less what the rounding of arrays takes.
+_SHARED_MEMORY = 224 * 1024
 _PLAIN = plgpu.RefType()
 _SCALAR = plgpu.Layout.WG_SPLAT
+
+
+def has_room(tiling: key_tiles.Tiling) -> bool:
+  """Whether shared memory holds two numbers of every tile of a row for each warp."""
+  return 2 * 4 * _WARPS * tiling.tiles_per_row <= _SHARED_MEMORY
 
 
 def deal(lists: units.UnitLists, tiling: key_tiles.Tiling) -> key_tiles.Dealt:

@@ -147,7 +147,8 @@ class Call:
       keys_per_tile=self._key_config.keys_per_tile,
     )
     # Kernels deal units of single tokens, and have nothing that the interpreter knows.
-    if not self._shape.has_tokens and not self._shape.interpreted:
+    is_for_kernel = not self._shape.has_tokens and not self._shape.interpreted
+    if is_for_kernel and deal_on_gpu.has_room(tiling):
       dealt = deal_on_gpu.deal(lists, tiling)
     else:
       dealt = key_tiles.deal(lists, tiling, self._shape.has_tokens)

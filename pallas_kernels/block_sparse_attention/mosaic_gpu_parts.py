@@ -1,6 +1,6 @@
-"""Adding up what several workers found of one tile of keys; see `mosaic_gpu_dkv`.
+"""Adding up what several parts of the work found of one tile of keys; see `mosaic_gpu_dkv`.
 
-Always in the order of the workers, so that gradients are the same every time.
+Always in the order of the parts, so that gradients are the same every time.
 """
 
 import jax
@@ -24,24 +24,24 @@ def add_parts(
   interpret=None,
 ) -> jax.Array:
   """Adds the partial sums of every tile: bfloat16 [B, S, K, D] from float32 [Y, N, D]."""
-  d, num_parts = shape.head_dim, keys_per_tile // 64
-  num_tiles = len(tiles.first_worker_X)
+  d, num_pieces = shape.head_dim, keys_per_tile // 64
+  num_tiles = len(tiles.first_part_X)
   tiles_per_row = num_tiles // shape.num_rows
 
   def body(sums_gmem, first_gmem, last_gmem, bounds_gmem, out_gmem, out_smem):
-    tile, part = lax.axis_index("tile"), lax.axis_index("part")
-    lines = pl.ds(part * 64, 64)
+    tile, piece = lax.axis_index("tile"), lax.axis_index("piece")
+    lines = pl.ds(piece * 64, 64)
 
-    def load(worker):
-      part = sums_gmem.at[tile + worker, lines, :]
+    def load(part):
+      sums = sums_gmem.at[tile + part, lines, :]
       if shape.interpreted:
-        return part[...]
-      return plgpu.load(part, layout=mosaic_inline.LAYOUT, optimized=False)
+        return sums[...]
+      return plgpu.load(sums, layout=mosaic_inline.LAYOUT, optimized=False)
 
-    def add(worker, total):
-      # A worker without windows wrote nothing: what is in its slot may be anything.
-      has_windows = bounds_gmem[worker + 1] > bounds_gmem[worker]
-      return lax.cond(has_windows, lambda: total + load(worker), lambda: total)
+    def add(part, total):
+      # A part without windows wrote nothing: what is in its slot may be anything.
+      has_windows = bounds_gmem[part + 1] > bounds_gmem[part]
+      return lax.cond(has_windows, lambda: total + load(part), lambda: total)
 
     zero = jnp.zeros((64, d), jnp.float32)
     if not shape.interpreted:
@@ -51,7 +51,7 @@ def add_parts(
     plgpu.commit_smem()
     row, x = (f(tile, jnp.int32(tiles_per_row)) for f in (lax.div, lax.rem))
     b, head = shape.batch_and_head(row)
-    keys = pl.ds(x * keys_per_tile + part * 64, 64)
+    keys = pl.ds(x * keys_per_tile + piece * 64, 64)
     plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[b, keys, head])
     plgpu.wait_smem_to_gmem(0)
 
@@ -60,24 +60,24 @@ def add_parts(
     out_type=jax.ShapeDtypeStruct(
       (shape.batch, shape.num_keys, shape.num_kv_heads, d), jnp.bfloat16
     ),
-    grid=(num_tiles, num_parts),
-    grid_names=("tile", "part"),
+    grid=(num_tiles, num_pieces),
+    grid_names=("tile", "piece"),
     kernel_name="block_sparse_dkv_parts",
     scratch_types=[walk.tiled((64, d))],
     interpret=interpret,
-  )(sums_YND, tiles.first_worker_X, tiles.last_worker_X, tiles.bounds_W)
+  )(sums_YND, tiles.first_part_X, tiles.last_part_X, tiles.bounds_W)
 
 
 def add_bias_parts(sums_YN, tiles: key_tiles.KeyTiles, *, shape: Shape) -> jax.Array:
   """Adds the partial sums of every tile: float32 [B, S, K] from [Y, N]."""
   y_Y = jnp.arange(sums_YN.shape[0])
-  x_X = jnp.arange(len(tiles.first_worker_X))
-  worker_XY = y_Y[None, :] - x_X[:, None]
-  is_part_XY = worker_XY >= tiles.first_worker_X[:, None]
-  is_part_XY &= worker_XY <= tiles.last_worker_X[:, None]
+  x_X = jnp.arange(len(tiles.first_part_X))
+  part_XY = y_Y[None, :] - x_X[:, None]
+  is_part_XY = part_XY >= tiles.first_part_X[:, None]
+  is_part_XY &= part_XY <= tiles.last_part_X[:, None]
   has_windows_W = jnp.diff(tiles.bounds_W) > 0
-  is_part_XY &= jnp.take(has_windows_W, worker_XY, mode="clip")
-  # What no worker wrote may hold anything.
+  is_part_XY &= jnp.take(has_windows_W, part_XY, mode="clip")
+  # What no part wrote may hold anything.
   sums_YN = jnp.where(is_part_XY.any(0)[:, None], sums_YN, 0.0)
   total_XN = jnp.dot(is_part_XY.astype(jnp.float32), sums_YN, precision="highest")
   total_BKS = total_XN.reshape(shape.batch, shape.num_kv_heads, -1)[..., : shape.num_keys]

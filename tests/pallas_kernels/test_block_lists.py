@@ -23,9 +23,9 @@ CASES = {  # T, heads per key head, S, block size, blocks listed
   "large_blocks": (40, 16, 200, 64, 3),
   "more_slots_than_blocks": (24, 16, 24, 16, 9),
 }
-# Enough to share out among the workers.
+# Enough to share out among the parts.
 LONG = {"long": (700, 16, 700, 16, 4), "long_and_coarse": (600, 8, 640, 64, 3)}
-B, K, UNITS_PER_TILE, KEYS_PER_TILE, WORKERS = 2, 2, 4, 192, 5
+B, K, UNITS_PER_TILE, KEYS_PER_TILE, PARTS = 2, 2, 4, 192, 5
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def make(case, seed=0):
     tiles = query_tiles.query_tiles(lists, units_per_tile=UNITS_PER_TILE, num_blocks=n)
     tiling = key_tiles.Tiling(block_size=block_size, num_blocks=n, keys_per_tile=KEYS_PER_TILE)
     has_tokens = grouping.tokens_per_unit > 1
-    keys = key_tiles.key_tiles(lists, tiling, num_workers=WORKERS, has_tokens=has_tokens)
+    keys = key_tiles.key_tiles(lists, tiling, num_parts=PARTS, has_tokens=has_tokens)
     return lists, tiles, keys
 
   derived = jax.device_get(derive(*map(jnp.asarray, (blocks, first, position))))
@@ -153,34 +153,32 @@ def test_key_tiles_hold_every_unit_that_reads_them_once(case):
 
 
 @pytest.mark.parametrize("case", LONG)
-def test_workers_cover_every_window_once(case):
+def test_parts_cover_every_window_once(case):
   *_, (_, _, keys) = make(case)
   bounds, first_window = keys.bounds_W, keys.first_window_X
   assert bounds[0] == 0
-  assert bounds[-1] == first_window[-1] > WORKERS
+  assert bounds[-1] == first_window[-1] > PARTS
   assert (np.diff(bounds) >= 0).all()
   shares = np.diff(bounds)
   assert shares.max() <= 3 * shares.mean()
-  for worker in range(WORKERS):
-    if shares[worker]:
+  for part in range(PARTS):
+    if shares[part]:
       for tile, window in (
-        (keys.first_tile_W[worker], bounds[worker]),
-        (keys.last_tile_W[worker], bounds[worker + 1] - 1),
+        (keys.first_tile_W[part], bounds[part]),
+        (keys.last_tile_W[part], bounds[part + 1] - 1),
       ):
         assert first_window[tile] <= window < first_window[tile + 1]
   slots = set()
   for tile, (begin, end) in enumerate(itertools.pairwise(first_window)):
-    workers = range(keys.first_worker_X[tile], keys.last_worker_X[tile] + 1)
+    parts = range(keys.first_part_X[tile], keys.last_part_X[tile] + 1)
     overlapping = [
-      worker
-      for worker in range(WORKERS)
-      if max(begin, bounds[worker]) < min(end, bounds[worker + 1])
+      part for part in range(PARTS) if max(begin, bounds[part]) < min(end, bounds[part + 1])
     ]
-    # A worker without work may stand between two that share a tile, but never at its ends.
-    assert [w for w in workers if shares[w]] == overlapping
-    assert len(overlapping) == 0 or {workers[0], workers[-1]} <= set(overlapping)
+    # A part without work may stand between two that share a tile, but never at its ends.
+    assert [w for w in parts if shares[w]] == overlapping
+    assert len(overlapping) == 0 or {parts[0], parts[-1]} <= set(overlapping)
     # Each share of a tile has a slot that no other share has.
-    new = {tile + worker for worker in overlapping}
+    new = {tile + part for part in overlapping}
     assert len(new) == len(overlapping)
     assert not slots & new
     slots |= new
@@ -202,7 +200,7 @@ def test_windows_share_out_long_runs():
   tiling = key_tiles.Tiling(
     block_size=block_size, num_blocks=t // block_size, keys_per_tile=192
   )
-  keys = key_tiles.key_tiles(lists, tiling, num_workers=2, has_tokens=False)
+  keys = key_tiles.key_tiles(lists, tiling, num_parts=2, has_tokens=False)
   count = int(keys.first_window_X[1])
   pieces = np.asarray(keys.pieces_W)[: count * 32].reshape(count, 32)
   for piece in (0, 1):
@@ -218,7 +216,7 @@ def test_a_worst_case_too_large_to_number_is_refused():
 
   def keys(lists):
     tiling = key_tiles.Tiling(block_size=16, num_blocks=2**16, keys_per_tile=192)
-    return key_tiles.key_tiles(lists, tiling, num_workers=2, has_tokens=False)
+    return key_tiles.key_tiles(lists, tiling, num_parts=2, has_tokens=False)
 
   with pytest.raises(ValueError, match="too many to number"):
     jax.eval_shape(keys, lists)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_attention, devices
-from pallas_kernels.block_lists import query_tiles
+from pallas_kernels.block_lists import key_tiles, mosaic_gpu_deal, query_tiles
 from pallas_kernels.block_sparse_attention import (
   mosaic_gpu,
   mosaic_gpu_call,
@@ -110,6 +110,21 @@ PROMISED = [
   ids=lambda x: "_".join(x) if isinstance(x, dict) else str(x),
 )
 def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras):
+  # Forward, dq, dkv, the two sums of parts, and three kernels for lists of single tokens.
+  assert num_kernels(heads, d, block_size, extras) == 5 + (heads > 8) * 3
+
+
+def test_where_there_is_no_room_units_are_dealt_by_sorting(monkeypatch):
+  """Above 1.3 million keys with head size 64, 0.9 million with 128."""
+  tiling = functools.partial(key_tiles.Tiling, block_size=64)
+  assert mosaic_gpu_deal.has_room(tiling(num_blocks=3 * 7168, keys_per_tile=192))
+  assert not mosaic_gpu_deal.has_room(tiling(num_blocks=3 * 7168 + 1, keys_per_tile=192))
+  monkeypatch.setattr(mosaic_gpu_deal, "has_room", lambda _: False)
+  assert num_kernels(16, 64, 16, {}) == 5 + 1
+
+
+def num_kernels(heads, d, block_size, extras) -> int:
+  """How many kernels outputs and all gradients take, lowered for CUDA."""
   b, t, k, s = 2, 203, 2, 267
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   q, kv = shape((b, t, heads * k, d)), shape((b, s, k, d))
@@ -132,9 +147,7 @@ def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras):
     platforms=["cuda"],
     disabled_checks=[export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
   )(q, kv, kv, bias, blocks, segments, offset, q, lse)
-  # Forward, dq, dkv, the two sums of parts, and three kernels for lists of single tokens.
-  count = 5 + (heads > 8) * 3
-  assert lowered.mlir_module().count("custom_call @mosaic_gpu_v2") == count
+  return lowered.mlir_module().count("custom_call @mosaic_gpu_v2")
 
 
 @pytest.mark.parametrize(
