@@ -6,6 +6,7 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_attention import mosaic_gpu_arrays as arrays
 from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as walk
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import Shape
 
@@ -63,16 +64,16 @@ def dq(
           scores = scores * factor + _LOG2E * group.biases(numbers)
           factor = 1.0
         scores = group.masked(scores, numbers)
-        weights = jnp.exp2(scores * factor + walk.along_rows(shift, scores.shape))
+        weights = jnp.exp2(scores * factor + arrays.along_rows(shift, scores.shape))
         dweights = warps.products(dout, tile.smem["v"], pieces)
-        dscores = weights * (dweights - walk.along_rows(delta, dweights.shape))
+        dscores = weights * (dweights - arrays.along_rows(delta, dweights.shape))
         total = warps.add_products(total, dscores.astype(jnp.bfloat16), tile.smem["k"], pieces)
       return total
 
     total = tile.walk(step, warps.zeros(shape.head_dim))
     tile.store(dq_gmem, (total * scale).astype(jnp.bfloat16))
 
-  rows = walk.tiled((num_threads, warps.rows, shape.head_dim))
+  rows = arrays.tiled((num_threads, warps.rows, shape.head_dim))
   numbers = plgpu.SMEM((num_threads, warps.rows), jnp.float32)
   (dq_BVXD,) = walk.call(
     "block_sparse_dq",

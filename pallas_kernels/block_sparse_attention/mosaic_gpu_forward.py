@@ -6,6 +6,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_attention import mosaic_gpu_arrays as arrays
 from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as walk
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import UNIT, Shape
 
@@ -56,13 +57,13 @@ def forward(
       def follow(total, highest, norm):
         new_highest = jnp.maximum(highest, found)
         shrink = jnp.exp2(highest - new_highest)
-        return total * walk.along_rows(shrink, total.shape), new_highest, norm * shrink
+        return total * arrays.along_rows(shrink, total.shape), new_highest, norm * shrink
 
       total, highest, norm = lax.cond(
         warps.any_above(found - highest, _LAG), follow, lambda *x: x, total, highest, norm
       )
       # The scale enters here, in one multiply-add with the maximum.
-      weights = jnp.exp2(scores * factor + walk.along_rows(-highest, scores.shape))
+      weights = jnp.exp2(scores * factor + arrays.along_rows(-highest, scores.shape))
       weights = weights.astype(jnp.bfloat16)
       norm = norm + warps.row_sums(weights)
       total = warps.add_products(total, weights, tile.smem["v"], group.pieces)
@@ -74,7 +75,7 @@ def forward(
     # A row that saw nothing has a norm of 0.
     inverse = jnp.where(norm > 0.0, 1.0 / jnp.maximum(norm, 1e-37), 0.0)
     lse = jnp.where(norm > 0.0, (highest + jnp.log2(norm)) / _LOG2E, -jnp.inf)
-    out = total * walk.along_rows(inverse, total.shape)
+    out = total * arrays.along_rows(inverse, total.shape)
     tile.store(out_gmem, out.astype(jnp.bfloat16))
     lse_gmem[tile.row, tile.lines] = lse
 
@@ -89,7 +90,7 @@ def forward(
       jax.ShapeDtypeStruct(q_BVXD.shape, q_BVXD.dtype),
       jax.ShapeDtypeStruct((shape.num_rows, num_lines), jnp.float32),
     ],
-    scratch=dict(q=walk.tiled((num_threads, warps.rows, shape.head_dim))),
+    scratch=dict(q=arrays.tiled((num_threads, warps.rows, shape.head_dim))),
     num_copies=warps.per_thread,
     copies=copies,
     load=load,

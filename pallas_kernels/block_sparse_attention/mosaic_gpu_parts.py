@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic_inline
 from pallas_kernels.block_lists import key_tiles
-from pallas_kernels.block_sparse_attention import mosaic_gpu_walk as walk
+from pallas_kernels.block_sparse_attention import mosaic_gpu_arrays as arrays
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import Shape
 
 
@@ -63,7 +63,7 @@ def add_parts(
     grid=(num_tiles, num_pieces),
     grid_names=("tile", "piece"),
     kernel_name="block_sparse_dkv_parts",
-    scratch_types=[walk.tiled((64, d))],
+    scratch_types=[arrays.tiled((64, d))],
     interpret=interpret,
   )(sums_YND, tiles.first_part_X, tiles.last_part_X, tiles.bounds_W)
 
