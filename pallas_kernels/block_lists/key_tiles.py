@@ -35,7 +35,8 @@ class KeyTiles(NamedTuple):
   """The units of every tile of `keys_per_tile` keys.
 
   Attributes:
-    units_W: numbers of units, 32 for each window; 0 where a window has room left.
+    units_W: numbers of units, 32 for each window; 0 where a window has room left. Behind
+      the last window there is one to spare, for who reads ahead.
     pieces_W: bit p says whether the unit reads the p-th piece of the tile, and `EDGE`.
     tokens_WP: bit i says whether the unit's i-th token reads the p-th piece; None where
       units are single tokens.
@@ -153,7 +154,8 @@ def deal(lists: units.UnitLists, tiling: Tiling, has_tokens: bool) -> Dealt:
   pieces_WI, tokens_WIP = _read_by(lists, tile_W, unit_WI, tiling, has_tokens)
   pieces_WI = jnp.where(is_pair_WI, pieces_WI, 0)
   tokens_WP = tokens_WIP.reshape(most * WINDOW, -1) if has_tokens else None
-  return Dealt(windows_X, first_window_X, unit_WI.reshape(-1), pieces_WI.reshape(-1), tokens_WP)
+  units_W, pieces_W = (jnp.pad(x.reshape(-1), (0, WINDOW)) for x in (unit_WI, pieces_WI))
+  return Dealt(windows_X, first_window_X, units_W, pieces_W, tokens_WP)
 
 
 def windows_of(num_units_X) -> tuple[jax.Array, jax.Array]:

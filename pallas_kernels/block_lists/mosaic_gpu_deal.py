@@ -69,7 +69,8 @@ def deal(lists: units.UnitLists, tiling: key_tiles.Tiling) -> key_tiles.Dealt:
   sums_RCX = jnp.cumsum(counts_RCX, axis=1)
   num_units_X = sums_RCX[:, -1].reshape(-1)
   windows_X, first_window_X = key_tiles.windows_of(num_units_X)
-  most = tiling.most_windows(lists.blocks_RUE) * key_tiles.WINDOW
+  # One window more than there are, for who reads ahead.
+  most = (tiling.most_windows(lists.blocks_RUE) + 1) * key_tiles.WINDOW
   units_W, pieces_W = _kernel(
     sizes,
     _Warp.deal,

@@ -71,18 +71,14 @@ def dkv(
   tile_keys, d, rows = config.keys_per_tile, shape.head_dim, warps.rows
   slots = config.stages * config.units_per_stage
   per_window = key_tiles.WINDOW // config.units_per_stage
-  # A window ahead of the last is begun to be read.
-  units_W, pieces_W = (
-    jnp.pad(x, (0, key_tiles.WINDOW)) for x in (tiles.units_W, tiles.pieces_W)
-  )
   inputs = dict(
     q=q_BVXD,
     dout=dout_BVXD,
     numbers=numbers_RUC,
     k=k_BSKD,
     v=v_BSKD,
-    units=units_W,
-    pieces=pieces_W,
+    units=tiles.units_W,
+    pieces=tiles.pieces_W,
     first_window=tiles.first_window_X,
     bounds=tiles.bounds_W,
     first_tile=tiles.first_tile_W,
