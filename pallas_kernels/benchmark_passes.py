@@ -142,19 +142,13 @@ def _kernels(call: mosaic_gpu_call.Call) -> Iterator[Pass]:
   yield Pass("packed dout", call.packing.pack, ("dout",))
   yield Pass("forward", call.forward, ("packed q", "walk"), "forward", 2, _ATTENDED)
   yield Pass("lines", make_lines, ("q", "forward"))
-  yield Pass(
-    "dq",
-    lambda q, dout, lines, walk: call.dq(q, dout, *lines, walk),
-    ("packed q", "packed dout", "lines", "walk"),
-    "backward",
-    3,
-    ("q", "k", "v", "dout", "q"),
-  )
+  args = "packed q", "packed dout", "lines", "walk"
+  yield Pass("dq", call.dq, args, "backward", 3, ("q", "k", "v", "dout", "q"))
   yield Pass(keys, lambda lists: call.make_key_tiles(lists[0]), (tiles,), "forward")
   yield Pass(
     "numbers",
-    lambda lines, bounds: call.line_numbers(*lines, bounds),
-    ("lines", "bounds"),
+    lambda lines, dq, bounds: call.line_numbers(lines.lse_RL, dq[1], bounds),
+    ("lines", "dq", "bounds"),
   )
   yield Pass(
     "dk dv",

@@ -12,6 +12,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu_call import (
   entries_per_unit,
   query_config,
 )
+from pallas_kernels.block_sparse_attention.mosaic_gpu_dq import Lines
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import UNIT
 from pallas_kernels.block_sparse_attention.xla import RESIDUAL_NAME
 
@@ -70,13 +71,13 @@ def _backward(known_offset, block_size, scale, interpret, residuals, cotangents)
   call = Call(problem, block_size, scale, interpret)
   bounds = call.bounds(problem)
   q_BVXD, dout_BVXD = call.packing.pack(problem.q_BTHD), call.packing.pack(cotangents[0])
-  lse_RL, delta_RL = backward_lines(call, out_BTHD, lse_BTH, *cotangents)
+  lines = backward_lines(call, out_BTHD, lse_BTH, *cotangents)
 
   lists = call.make_walk_lists(problem, tiles, bounds)
-  dq_BVXD = call.dq(q_BVXD, dout_BVXD, lse_RL, delta_RL, lists)
+  dq_BVXD, delta_RL = call.dq(q_BVXD, dout_BVXD, lines, lists)
 
   key_tiles = call.make_key_tiles(unit_lists)
-  numbers_RUC = call.line_numbers(lse_RL, delta_RL, bounds)
+  numbers_RUC = call.line_numbers(lines.lse_RL, delta_RL, bounds)
   sums = call.dkv(q_BVXD, dout_BVXD, numbers_RUC, problem, key_tiles)
   gradients = call.packing.unpack(dq_BVXD), *call.add_parts(sums, key_tiles)
   return (problems.cotangent(problem, *gradients),)
@@ -85,9 +86,11 @@ def _backward(known_offset, block_size, scale, interpret, residuals, cotangents)
 block_sparse_attention.defvjp(_forward, _backward)
 
 
-def backward_lines(call: Call, out_BTHD, lse_BTH, dout_BTHD, dlse_BTH):
-  """Lines of lse, and of the sum of output times its cotangent less that of lse."""
-  delta_BTH = (out_BTHD.astype(jnp.float32) * dout_BTHD.astype(jnp.float32)).sum(-1)
+def backward_lines(call: Call, out_BTHD, lse_BTH, dout_BTHD, dlse_BTH) -> Lines:
+  """What the kernel of dq knows of each row of queries."""
   # A row that sees nothing must not turn masked scores into NaN.
-  lse_BTH = jnp.where(jnp.isneginf(lse_BTH), 0.0, lse_BTH)
-  return call.packing.to_lines(lse_BTH), call.packing.to_lines(delta_BTH - dlse_BTH)
+  lse_RL = call.packing.to_lines(jnp.where(jnp.isneginf(lse_BTH), 0.0, lse_BTH))
+  if call.dq_finds_delta:
+    return Lines(lse_RL, call.packing.to_lines(dlse_BTH), call.packing.pack(out_BTHD))
+  delta_BTH = (out_BTHD.astype(jnp.float32) * dout_BTHD.astype(jnp.float32)).sum(-1)
+  return Lines(lse_RL, call.packing.to_lines(delta_BTH - dlse_BTH), None)

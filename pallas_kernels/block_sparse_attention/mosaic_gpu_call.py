@@ -20,6 +20,9 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import STEP, UNIT, S
 from pallas_kernels.mosaic_warp import PIECE
 
 INTERPRETED_WORKERS = 2
+# Head sizes for which the kernel of dq finds delta itself, which saves reading the cotangent
+# of the output once more: none before it has run on a GPU. With 64 there is room for that.
+DQ_FINDS_DELTA = ()
 # Bytes of a multiprocessor's shared memory, less what barriers and small arrays take.
 _SHARED_MEMORY = 208 * 1024
 # Bytes of a round that a device's cache holds beside what else goes through it.
@@ -92,7 +95,9 @@ class Call:
     self._parts_of_block = block_size // kernel_block
     self._num_blocks = -(-s // block_size) * self._parts_of_block
     entries = entries_per_unit(problem, block_size)
-    self._forward_config, self._dq_config = (query_config(d, n, entries) for n in (1, 2))
+    self.dq_finds_delta = d in DQ_FINDS_DELTA
+    num_operands = 1, 2 + self.dq_finds_delta
+    self._forward_config, self._dq_config = (query_config(d, n, entries) for n in num_operands)
     self._key_config = key_config(d, b * k * grouping.num_units * UNIT)
     self._num_keys = s
     shape = Shape(
@@ -177,17 +182,18 @@ class Call:
       q_BVXD, lists, config=self._forward_config, **self._options
     )
 
-  def dq(self, q_BVXD, dout_BVXD, lse_RL, delta_RL, lists: mosaic_gpu_walk.Lists) -> jax.Array:
-    """Packed gradient of queries."""
-    return mosaic_gpu_dq.dq(
-      q_BVXD,
-      dout_BVXD,
-      self._whole_tiles(lse_RL),
-      self._whole_tiles(delta_RL),
-      lists,
-      config=self._dq_config,
-      **self._options,
+  def dq(
+    self, q_BVXD, dout_BVXD, lines: mosaic_gpu_dq.Lines, lists: mosaic_gpu_walk.Lists
+  ) -> tuple[jax.Array, jax.Array]:
+    """Packed gradient of queries, and lines of delta."""
+    num_lines = lines.lse_RL.shape[1]
+    whole = lines._replace(
+      lse_RL=self._whole_tiles(lines.lse_RL), delta_RL=self._whole_tiles(lines.delta_RL)
     )
+    dq_BVXD, delta_RL = mosaic_gpu_dq.dq(
+      q_BVXD, dout_BVXD, whole, lists, config=self._dq_config, **self._options
+    )
+    return dq_BVXD, delta_RL[:, :num_lines]
 
   def line_numbers(self, lse_RL, delta_RL, bounds) -> jax.Array:
     """What the kernel over key tiles knows of each row of queries, [R, U, 64]."""

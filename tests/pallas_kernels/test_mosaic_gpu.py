@@ -81,6 +81,8 @@ def with_a_border_inside_a_block(problem):
 def test_interpreted_it_matches_the_reference_without_races(name, small, monkeypatch):
   case, extras = INTERPRETED[name]
   problem = problems.make(*case, **extras)
+  if name != "tokens_share_a_unit":
+    monkeypatch.setattr(mosaic_gpu_call, "DQ_FINDS_DELTA", (64,))
   if name == "several_tiles":
     # More than there is work for: those without any must not be counted in.
     monkeypatch.setattr(mosaic_gpu_call, "INTERPRETED_WORKERS", 5)
@@ -100,6 +102,8 @@ PROMISED = [
   *((16, d, size, {}) for d in (64, 128) for size in (16, 32, 64, 128)),
   *((heads, 128, 64, {}) for heads in (4, 32)),
   (16, 64, 16, dict(documents=True, offset=64, bias=True)),
+  (16, 64, 16, dict(finds_delta=True)),
+  (4, 64, 32, dict(finds_delta=True, documents=True, bias=True)),
   (4, 128, 64, dict(documents=True, offset=64, bias=True)),
 ]
 
@@ -109,7 +113,8 @@ PROMISED = [
   PROMISED,
   ids=lambda x: "_".join(x) if isinstance(x, dict) else str(x),
 )
-def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras):
+def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras, monkeypatch):
+  monkeypatch.setattr(mosaic_gpu_call, "DQ_FINDS_DELTA", (64,) * ("finds_delta" in extras))
   # Forward, dq, dkv, the two sums of parts, and three kernels for lists of single tokens.
   assert num_kernels(heads, d, block_size, extras) == 5 + (heads > 8) * 3
 
@@ -219,6 +224,22 @@ def test_on_a_gpu_it_matches_the_reference(name):
   # No sum depends on who came first.
   for name, value in run().items():
     np.testing.assert_array_equal(value, actual[name], err_msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ssa", "everything", "long_lists", "1_heads"])
+def test_on_a_gpu_the_kernel_of_dq_finds_delta(name, monkeypatch):
+  case, extras = ON_GPU[name]
+  problem = problems.make(*case, **extras)
+  results = []
+  for sizes in ((), (64,)):
+    monkeypatch.setattr(mosaic_gpu_call, "DQ_FINDS_DELTA", sizes)
+    run = functools.partial(attend, interpret=None)
+    results.append(problems.run(problem, dtype=jnp.bfloat16, attend=run))
+  for name, value in results[0].items():
+    # Sums of delta are in another order.
+    x, y = (jnp.asarray(r, jnp.float32) for r in (value, results[1][name]))
+    assert jnp.abs(x - y).max() <= 2**-7 * jnp.abs(x).max(), name
 
 
 @pytest.mark.gpu
