@@ -67,6 +67,7 @@ INTERPRETED = {  # B, T, H, K, D, block_size, M, and extras
   "several_tiles": ((1, 43, 16, 1, 64, 16, 5), {}),
   "tokens_share_a_unit": ((1, 22, 3, 1, 64, 64, 2), dict(offset=120, bias=True)),
   "a_token_has_two_units": ((1, 9, 32, 1, 64, 32, 2), dict(offset=60)),
+  "scores_grow": ((1, 7, 16, 1, 64, 16, 7), dict(offset=120)),
 }
 
 
@@ -89,6 +90,10 @@ def test_interpreted_it_matches_the_reference_without_races(name, small, monkeyp
     problem = with_a_border_inside_a_block(problem)
     # Lists count as long, and are copied in pieces.
     monkeypatch.setattr(query_tiles, "COPY", 2)
+  if name == "scores_grow":
+    # By hundreds along the keys: the maximum has to follow, more than once.
+    growth = jnp.linspace(1.0, 100.0, problem.k.shape[1])[None, :, None, None]
+    problem = dataclasses.replace(problem, k=problem.k * growth)
   interpret = plgpu.InterpretGPUParams(detect_races=True)
   actual = problems.run(
     problem, dtype=jnp.bfloat16, attend=functools.partial(attend, interpret=interpret)
