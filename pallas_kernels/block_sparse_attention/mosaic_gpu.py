@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse_attention import problem as problems
 from pallas_kernels.block_sparse_attention.mosaic_gpu_call import (
   Call,
+  dq_operands,
   entries_per_unit,
   query_config,
 )
@@ -33,7 +34,7 @@ def why_not(problem: problems.Problem, block_size: int) -> str | None:
   if heads > 2 * UNIT:
     return f"takes up to {2 * UNIT} query heads per key head, not {heads}"
   entries = entries_per_unit(problem, block_size)
-  if query_config(d, 2, entries).stages < 2:
+  if query_config(d, dq_operands(d), entries).stages < 2:
     return f"has no room in shared memory for lists of {entries} blocks of {UNIT} rows together"
   return None
 

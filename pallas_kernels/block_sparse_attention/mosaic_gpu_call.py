@@ -51,6 +51,11 @@ def query_config(
   )
 
 
+def dq_operands(head_dim: int) -> int:
+  """Arrays of queries' rows that the kernel of dq holds, the most of all kernels."""
+  return 2 + (head_dim in DQ_FINDS_DELTA)
+
+
 def key_config(head_dim: int, num_rows: int) -> mosaic_gpu_dkv.Config:
   """How the kernel over key tiles is laid out.
 
@@ -96,8 +101,9 @@ class Call:
     self._num_blocks = -(-s // block_size) * self._parts_of_block
     entries = entries_per_unit(problem, block_size)
     self.dq_finds_delta = d in DQ_FINDS_DELTA
-    num_operands = 1, 2 + self.dq_finds_delta
-    self._forward_config, self._dq_config = (query_config(d, n, entries) for n in num_operands)
+    self._forward_config, self._dq_config = (
+      query_config(d, n, entries) for n in (1, dq_operands(d))
+    )
     self._key_config = key_config(d, b * k * grouping.num_units * UNIT)
     self._num_keys = s
     shape = Shape(
