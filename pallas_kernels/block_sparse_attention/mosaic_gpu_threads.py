@@ -1,9 +1,8 @@
 """The threads of a kernel of block-sparse attention: those that compute, and one that fetches.
 
 Between them is a ring (`mosaic_ring`), with our own barriers (`mosaic_barrier`), or those of
-Pallas in the interpreter. To start a copy takes a warp about a hundred cycles, more than a
-multiprocessor should take to bring its 2 KB in: so the four warps of the thread that fetches
-share the copies of a stage.
+Pallas in the interpreter. The four warps of the thread that fetches share the copies of a
+stage: with one alone, the forward kernel took 5 % longer.
 """
 
 import jax
