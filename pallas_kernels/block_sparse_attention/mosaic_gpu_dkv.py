@@ -6,8 +6,8 @@ multiprocessor. The units that read the tile stream through a ring, in the order
 their side here, keys down the rows and a unit's 16 queries along the columns.
 
 No two warps write to the same place and every sum has a fixed order, so gradients are the
-same every time. A tile that several workers share has a partial sum of each; `mosaic_gpu_parts`
-adds them up.
+same every time. A tile that several parts of the work share has a partial sum of each;
+`mosaic_gpu_parts` adds them up.
 
 See `mosaic_gpu_shape` for the letters. More: W windows of 32 units, P pieces of a tile,
 X tiles, Y partial sums.

@@ -90,13 +90,14 @@ class Share:
     # Behind the last key anything will do: no unit reads it.
     key = jnp.minimum(key, shape.num_keys - UNIT)
     row = (b * shape.num_keys + key) * shape.num_kv_heads + head
-    arrays = [
+    loaded = [
       warps.load_global_rows(self.gmem[name], row, shape.num_kv_heads) for name in ("k", "v")
     ]
     if self.config.keys_in_registers:
-      return [functools.partial(lambda x: x, x) for x in arrays]
-    places = [self.smem["own_keys"].at[i, thread] for i in range(len(arrays))]
-    for place, x in zip(places, arrays, strict=True):
+      return [functools.partial(lambda x: x, x) for x in loaded]
+    places = [self.smem["own_keys"].at[i, thread] for i in range(len(loaded))]
+    # A warp writes and reads its own 16 rows alone.
+    for place, x in zip(places, loaded, strict=True):
       place[...] = x
     warps.synchronize()
     return [functools.partial(warps.load_rows, place) for place in places]
