@@ -13,7 +13,8 @@ between the warps of a thread, and may steer loops and branches in which nothing
 synchronises the warpgroup.
 
 The interpreter knows none of this. There, a thread stands for one warp and has 16 rows:
-`Warps` says how many warps a thread is, and its methods do the same by other means.
+`Warps` says how many warps a thread is, and its methods do the same by other means. Where
+all warps of a thread work as one (see `mosaic_warpgroup`), a thread is four warps there too.
 """
 
 from collections.abc import Sequence
@@ -35,13 +36,15 @@ class Warps:
 
   Attributes:
     interpreted: whether the kernel runs in the interpreter.
+    as_one: whether the warps of a thread never part, and need no numbers of their own.
   """
 
   interpreted: bool
+  as_one: bool = False
 
   @property
   def per_thread(self) -> int:
-    return 1 if self.interpreted else 4
+    return 1 if self.interpreted and not self.as_one else 4
 
   @property
   def rows(self) -> int:
@@ -139,7 +142,7 @@ class Warps:
     if not self.interpreted:
       return inline.columns(ref, places)
     parts = [ref[row, pl.ds(start, PIECE)] for row, start in places]
-    return jnp.broadcast_to(jnp.concatenate(parts)[None], (PIECE, PIECE * len(parts)))
+    return jnp.broadcast_to(jnp.concatenate(parts)[None], (self.rows, PIECE * len(parts)))
 
   # Scalars that each warp has for itself.
 

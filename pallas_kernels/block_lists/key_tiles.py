@@ -4,7 +4,9 @@ A tile's units are dealt into *windows* of 32. A kernel walks through windows wi
 per piece of 16 keys, and holds one window at a time; a warp has work where a unit reads its
 piece. In the order of time, the queries that read a piece come in long runs, and most warps
 would wait for one. Dealt out one by one over all windows of the tile, every window holds
-about the same share of every piece's queries.
+about the same share of every piece's queries. Where a tile is a single block, every unit
+that reads it reads all of it, and windows stay in the order of time: workers at tiles of
+their own then read the same queries at about the same time, from the device's cache.
 
 The windows of all tiles, end to end, are cut into parts of equal cost, one or several for
 each worker. A tile may be shared by several parts: each leaves its sum in a slot of its own,
@@ -82,11 +84,13 @@ class Tiling:
     block_size: keys per block, a multiple of 16 that divides `keys_per_tile`.
     num_blocks: N.
     keys_per_tile: a multiple of 16, for at most 30 pieces.
+    in_order: whether units fill one window after the other, in the order of time.
   """
 
   block_size: int
   num_blocks: int
   keys_per_tile: int
+  in_order: bool = False
 
   @property
   def tiles_per_row(self) -> int:
@@ -144,9 +148,10 @@ def deal(lists: units.UnitLists, tiling: Tiling, has_tokens: bool) -> Dealt:
   most = tiling.most_windows(lists.blocks_RUE)
   window_W = jnp.arange(most, dtype=jnp.int32)
   tile_W = _place(first_window_X, window_W, num_tiles)
-  # Pair i of a tile with w windows goes to window i % w.
-  pair_WI = edges_X[tile_W, None] + (window_W - first_window_X[tile_W])[:, None]
-  pair_WI += windows_X[tile_W, None] * jnp.arange(WINDOW, dtype=jnp.int32)[None]
+  # Pair i of a tile with w windows goes to window i % w, or in order to window i // 32.
+  step_W, step_I = (WINDOW, 1) if tiling.in_order else (1, windows_X[tile_W, None])
+  pair_WI = edges_X[tile_W, None] + step_W * (window_W - first_window_X[tile_W])[:, None]
+  pair_WI += step_I * jnp.arange(WINDOW, dtype=jnp.int32)[None]
   is_pair_WI = (window_W < first_window_X[-1])[:, None] & (pair_WI < edges_X[tile_W + 1, None])
   number_WI = number_P.at[pair_WI].get(mode="clip")
   unit_WI = jnp.where(is_pair_WI, (number_WI % u).astype(jnp.int32), 0)

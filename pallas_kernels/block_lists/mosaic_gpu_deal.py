@@ -181,7 +181,7 @@ class _Warp:
     """Puts the units of the stretch where they belong in the windows of their tiles."""
     sizes, per_row = self.sizes, self.sizes.tiling.tiles_per_row
     zero = thread.i32(0)
-    out = _Windows(num_units, first_window, units, pieces)
+    out = _Windows(num_units, first_window, units, pieces, sizes.tiling.in_order)
     row_tile = thread.multiply(self.row, per_row)
 
     def begin(x):
@@ -334,18 +334,23 @@ class _Windows:
   Attributes:
     num_units, first_window: of every tile.
     units, pieces: what is written.
+    in_order: see `key_tiles.Tiling`.
   """
 
   num_units: object
   first_window: object
   units: object
   pieces: object
+  in_order: bool
 
   def store(self, tile, rank, unit, read) -> None:
-    """Puts a unit where the `rank`-th of a tile belongs: they go round its windows."""
-    windows = self._num_windows(tile)
-    slot = arith.divui(rank, windows)
-    window = arith.subi(rank, arith.muli(slot, windows))
+    """Puts a unit where the `rank`-th of a tile belongs."""
+    if self.in_order:
+      window, slot = thread.divide(rank, key_tiles.WINDOW)
+    else:  # they go round the tile's windows
+      windows = self._num_windows(tile)
+      slot = arith.divui(rank, windows)
+      window = arith.subi(rank, arith.muli(slot, windows))
     window = thread.add(thread.load_global(self.first_window, tile), window)
     place = thread.add(thread.multiply(window, key_tiles.WINDOW), slot)
     thread.store_global(self.units, place, unit)

@@ -56,15 +56,27 @@ def dq_operands(head_dim: int) -> int:
   return 2 + (head_dim in DQ_FINDS_DELTA)
 
 
-def key_config(head_dim: int, num_rows: int) -> mosaic_gpu_dkv.Config:
+def key_config(head_dim: int, num_rows: int, whole_blocks: bool) -> mosaic_gpu_dkv.Config:
   """How the kernel over key tiles is laid out.
 
   Args:
     head_dim: D.
     num_rows: of queries, and as many of cotangents, that it reads.
+    whole_blocks: whether every unit that reads a block reads its 64 keys.
   """
+  rounds = -(-2 * 2 * num_rows * head_dim // _CACHE)
+  if whole_blocks and head_dim == 128:
+    return mosaic_gpu_dkv.Config(
+      warpgroups=2,
+      stages=5,
+      units_per_stage=4,
+      registers=240,
+      keys_in_registers=False,
+      rounds=min(8, rounds),
+      whole_blocks=True,
+    )
   # More rounds would leave more partial sums, which cost more than the cache saves.
-  rounds = min(3, -(-2 * 2 * num_rows * head_dim // _CACHE))
+  rounds = min(3, rounds)
   warpgroups, stages, registers = (3, 8, 160) if head_dim == 64 else (2, 4, 208)
   return mosaic_gpu_dkv.Config(
     warpgroups=warpgroups,
@@ -104,7 +116,8 @@ class Call:
     self._forward_config, self._dq_config = (
       query_config(d, n, entries) for n in (1, dq_operands(d))
     )
-    self._key_config = key_config(d, b * k * grouping.num_units * UNIT)
+    whole_blocks = kernel_block == STEP and grouping.tokens_per_unit == 1
+    self._key_config = key_config(d, b * k * grouping.num_units * UNIT, whole_blocks)
     self._num_keys = s
     shape = Shape(
       batch=b,
@@ -156,6 +169,7 @@ class Call:
       block_size=self._shape.block_size,
       num_blocks=self._num_blocks,
       keys_per_tile=self._key_config.keys_per_tile,
+      in_order=self._key_config.whole_blocks,
     )
     # Kernels deal units of single tokens, and have nothing that the interpreter knows.
     is_for_kernel = not self._shape.has_tokens and not self._shape.interpreted
@@ -237,7 +251,9 @@ class Call:
     )
     if sums.dbias_YN is None:
       return dk_BSKD, dv_BSKD, None
-    dbias_BSK = mosaic_gpu_parts.add_bias_parts(sums.dbias_YN, tiles, shape=self._shape)
+    dbias_BSK = mosaic_gpu_parts.add_bias_parts(
+      sums.dbias_YN, tiles, shape=self._shape, keys_per_tile=self._key_config.keys_per_tile
+    )
     return dk_BSKD, dv_BSKD, dbias_BSK[:, : self._num_keys]
 
   def _keys(self, problem: problems.Problem) -> tuple[jax.Array, jax.Array]:

@@ -3,7 +3,8 @@
 A warp holds a piece of 16 keys and values; a tile is the pieces of all warps of a
 multiprocessor. The units that read the tile stream through a ring, in the order of
 `block_lists.key_tiles`, and each warp takes those that read its piece. Scores stand on
-their side here, keys down the rows and a unit's 16 queries along the columns.
+their side here, keys down the rows and a unit's 16 queries along the columns. With blocks
+of 64 keys, a warpgroup can hold a block together (`mosaic_gpu_block_share`).
 
 No two warps write to the same place and every sum has a fixed order, so gradients are the
 same every time. A tile that several parts of the work share has a partial sum of each;
@@ -13,6 +14,7 @@ See `mosaic_gpu_shape` for the letters. More: W windows of 32 units, P pieces of
 X tiles, Y partial sums.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_lists import key_tiles
 from pallas_kernels.block_sparse_attention import mosaic_gpu_arrays as arrays
 from pallas_kernels.block_sparse_attention import mosaic_gpu_threads as threads
+from pallas_kernels.block_sparse_attention.mosaic_gpu_block_share import BlockShare
 from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import UNIT, Shape
 from pallas_kernels.block_sparse_attention.mosaic_gpu_share import Config, Share
 
@@ -32,7 +35,8 @@ class Sums(NamedTuple):
   """Partial sums of all tiles, float32; `dbias_YN` is None where keys have no biases.
 
   Attributes:
-    dk_YND, dv_YND, dbias_YN: N keys of a tile.
+    dk_YND, dv_YND, dbias_YN: N keys of a tile; of a block that warpgroups hold together,
+      the keys of each warpgroup's sum, one after the other.
   """
 
   dk_YND: jax.Array
@@ -64,11 +68,13 @@ def dkv(
     tiles: of the lists.
     shape, config, scale, interpret: of the call.
   """
+  shape = dataclasses.replace(shape, warps_as_one=config.whole_blocks)
+  share_type = BlockShare if config.whole_blocks else Share
   warps = shape.warps
   num_threads = 4 * config.warpgroups // warps.per_thread
   num_tiles = len(tiles.first_window_X) - 1
   tiles_per_row = num_tiles // shape.num_rows
-  tile_keys, d, rows = config.keys_per_tile, shape.head_dim, warps.rows
+  num_lines, d, rows = num_threads * warps.rows, shape.head_dim, warps.rows
   slots = config.stages * config.units_per_stage
   per_window = key_tiles.WINDOW // config.units_per_stage
   inputs = dict(
@@ -101,7 +107,7 @@ def dkv(
       end = jnp.minimum(gmem["first_window"][tile + 1], last)
       before = (done + window - first) * per_window
       ring = threads.ring_of(smem, config.stages, shape, thread, before)
-      return Share(shape, config, gmem, smem, ring, tile, part, tiles_per_row, window, end)
+      return share_type(shape, config, gmem, smem, ring, tile, part, tiles_per_row, window, end)
 
     def for_all_shares(function):
       """Calls `function(share)` for one tile after the other; returns windows in all."""
@@ -145,17 +151,23 @@ def dkv(
 
   num_filled = 3 * config.units_per_stage
   num_sums = num_tiles + config.rounds * shape.num_workers
-  whole = jax.ShapeDtypeStruct((num_sums, tile_keys, d), jnp.float32)
+  whole = jax.ShapeDtypeStruct((num_sums, num_lines, d), jnp.float32)
   out_type = [whole, whole]
   if shape.has_bias:
-    out_type.append(jax.ShapeDtypeStruct((num_sums, tile_keys), jnp.float32))
+    out_type.append(jax.ShapeDtypeStruct((num_sums, num_lines), jnp.float32))
+  stage_rows = config.units_per_stage * UNIT
+  rows_shape = (config.stages, stage_rows) if config.whole_blocks else (slots * UNIT,)
   smem = dict(
-    q=arrays.tiled((slots * UNIT, d)),
-    dout=arrays.tiled((slots * UNIT, d)),
+    q=arrays.tiled((*rows_shape, d)),
+    dout=arrays.tiled((*rows_shape, d)),
     numbers=plgpu.SMEM((slots, 4 * UNIT), jnp.float32),
     **threads.ring_scratch(config.stages, num_filled, shape, num_threads),
   )
-  if not config.keys_in_registers:
+  if config.whole_blocks:
+    smem["own_keys"] = arrays.tiled((2, rows, d))
+    smem["keys_left"] = plgpu.Barrier(num_arrivals=num_threads)
+    smem["keys_ready"] = plgpu.Barrier(num_arrivals=2)
+  elif not config.keys_in_registers:
     smem["own_keys"] = arrays.tiled((2, num_threads, rows, d))
   if shape.has_bias:
     smem["bias"] = plgpu.SMEM((num_threads, rows), jnp.float32)

@@ -23,17 +23,20 @@ def add_parts(
   keys_per_tile: int,
   interpret=None,
 ) -> jax.Array:
-  """Adds the partial sums of every tile: bfloat16 [B, S, K, D] from float32 [Y, N, D]."""
+  """Adds the partial sums of every tile: bfloat16 [B, S, K, D] from float32 [Y, N, D].
+
+  N is a multiple of `keys_per_tile`: a part may hold several sums of the same keys.
+  """
+  num_sums = sums_YND.shape[1] // keys_per_tile
   d, num_pieces = shape.head_dim, keys_per_tile // 64
   num_tiles = len(tiles.first_part_X)
   tiles_per_row = num_tiles // shape.num_rows
 
   def body(sums_gmem, first_gmem, last_gmem, bounds_gmem, out_gmem, out_smem):
     tile, piece = lax.axis_index("tile"), lax.axis_index("piece")
-    lines = pl.ds(piece * 64, 64)
 
-    def load(part):
-      sums = sums_gmem.at[tile + part, lines, :]
+    def load(part, n):
+      sums = sums_gmem.at[tile + part, pl.ds(n * keys_per_tile + piece * 64, 64), :]
       if shape.interpreted:
         return sums[...]
       return plgpu.load(sums, layout=mosaic_inline.LAYOUT, optimized=False)
@@ -41,7 +44,9 @@ def add_parts(
     def add(part, total):
       # A part without windows wrote nothing: what is in its slot may be anything.
       has_windows = bounds_gmem[part + 1] > bounds_gmem[part]
-      return lax.cond(has_windows, lambda: total + load(part), lambda: total)
+      return lax.cond(
+        has_windows, lambda: sum((load(part, n) for n in range(num_sums)), total), lambda: total
+      )
 
     zero = jnp.zeros((64, d), jnp.float32)
     if not shape.interpreted:
@@ -68,8 +73,10 @@ def add_parts(
   )(sums_YND, tiles.first_part_X, tiles.last_part_X, tiles.bounds_W)
 
 
-def add_bias_parts(sums_YN, tiles: key_tiles.KeyTiles, *, shape: Shape) -> jax.Array:
-  """Adds the partial sums of every tile: float32 [B, S, K] from [Y, N]."""
+def add_bias_parts(
+  sums_YN, tiles: key_tiles.KeyTiles, *, shape: Shape, keys_per_tile: int
+) -> jax.Array:
+  """Adds the partial sums of every tile: float32 [B, S, K] from [Y, N]; see `add_parts`."""
   y_Y = jnp.arange(sums_YN.shape[0])
   x_X = jnp.arange(len(tiles.first_part_X))
   part_XY = y_Y[None, :] - x_X[:, None]
@@ -79,6 +86,7 @@ def add_bias_parts(sums_YN, tiles: key_tiles.KeyTiles, *, shape: Shape) -> jax.A
   is_part_XY &= jnp.take(has_windows_W, part_XY, mode="clip")
   # What no part wrote may hold anything.
   sums_YN = jnp.where(is_part_XY.any(0)[:, None], sums_YN, 0.0)
+  sums_YN = sums_YN.reshape(len(sums_YN), -1, keys_per_tile).sum(1)
   total_XN = jnp.dot(is_part_XY.astype(jnp.float32), sums_YN, precision="highest")
   total_BKS = total_XN.reshape(shape.batch, shape.num_kv_heads, -1)[..., : shape.num_keys]
   return total_BKS.transpose(0, 2, 1)

@@ -31,6 +31,7 @@ class Shape:
     has_bias: whether keys have biases.
     interpreted: whether the kernels run in the interpreter.
     num_workers: streaming multiprocessors of the device.
+    warps_as_one: see `mosaic_warp.Warps`.
   """
 
   batch: int
@@ -44,10 +45,11 @@ class Shape:
   has_bias: bool
   interpreted: bool
   num_workers: int
+  warps_as_one: bool = False
 
   @property
   def warps(self) -> mosaic_warp.Warps:
-    return mosaic_warp.Warps(self.interpreted)
+    return mosaic_warp.Warps(self.interpreted, self.warps_as_one)
 
   @property
   def own_barriers(self) -> bool:

@@ -34,6 +34,8 @@ class Config:
       else they are read from shared memory again and again.
     rounds: that the work is done in. What all workers read in one round, of queries, is
       the less the more there are, and stays in the cache of the device.
+    whole_blocks: whether a tile is a block of 64 keys, which the warpgroups hold together;
+      see `mosaic_gpu_block_share`.
   """
 
   warpgroups: int
@@ -42,10 +44,11 @@ class Config:
   registers: int
   keys_in_registers: bool
   rounds: int
+  whole_blocks: bool = False
 
   @property
   def keys_per_tile(self) -> int:
-    return 64 * self.warpgroups
+    return 64 if self.whole_blocks else 64 * self.warpgroups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +85,15 @@ class Share:
     x = lax.rem(self.tile, jnp.int32(self.tiles_per_row))
     return x * self.config.keys_per_tile
 
+  def first_own_key(self, thread) -> jax.Array:
+    """Of a thread."""
+    return self.first_key + thread * self.shape.warps.rows
+
   def keys_and_values(self, thread) -> list[Callable[[], jax.Array]]:
     """What gives each warp's keys, and its values, [rows, D] both."""
     shape, warps = self.shape, self.shape.warps
     b, head = shape.batch_and_head(self.row)
-    key = self.first_key + UNIT * (thread * warps.per_thread + warps.index())
+    key = self.first_own_key(thread) + UNIT * warps.index()
     # Behind the last key anything will do: no unit reads it.
     key = jnp.minimum(key, shape.num_keys - UNIT)
     row = (b * shape.num_keys + key) * shape.num_kv_heads + head
@@ -108,7 +115,7 @@ class Share:
     warps, target = self.shape.warps, self.smem["bias"].at[thread]
     # Those of the tile before have been read by every warp.
     plgpu.commit_smem()
-    keys = pl.ds(self.first_key + thread * warps.rows, warps.rows)
+    keys = pl.ds(self.first_own_key(thread), warps.rows)
     barrier = self.smem["bias_ready"].at[thread]
     plgpu.copy_gmem_to_smem(self.gmem["bias"].at[b, head, keys], target, barrier)
     plgpu.barrier_wait(barrier)
@@ -189,6 +196,10 @@ class Share:
     *_, carry = lax.fori_loop(self.window, self.end, walk_window, state)
     return carry
 
+  def rows_of_unit(self, rows, place, i):
+    """Where the rows of the i-th unit of a stage lie in shared memory."""
+    return rows.at[pl.ds((place * self.config.units_per_stage + i) * UNIT, UNIT)]
+
   def stream(self, warp) -> None:
     """Fills the ring with the units of the windows: one warp's part of each stage."""
     shape, gmem, smem = self.shape, self.gmem, self.smem
@@ -196,14 +207,13 @@ class Share:
     b, head = shape.batch_and_head(self.row)
     per_window = key_tiles.WINDOW // stage_units
 
-    def copies_of_unit(slot, unit):
+    def copies_of_unit(place, i, unit):
       v, h = shape.place_of_unit(head, unit)
-      lines = pl.ds(slot * UNIT, UNIT)
       for name in ("q", "dout"):
         index = b, v, pl.ds(h, UNIT), pl.ds(0, shape.head_dim)
-        yield gmem[name], index, smem[name].at[lines]
+        yield gmem[name], index, self.rows_of_unit(smem[name], place, i)
       index = self.row, unit, pl.ds(0, 4 * UNIT)
-      yield gmem["numbers"], index, smem["numbers"].at[slot]
+      yield gmem["numbers"], index, smem["numbers"].at[place * stage_units + i]
 
     def stream_window(window, handle):
       ahead = warps.fetch(gmem["units"], (window + 1) * key_tiles.WINDOW)
@@ -212,7 +222,7 @@ class Share:
         def copies(place):
           for i in threads.own_parts(warp, shape, stage_units):
             unit = warps.fetched(gmem["units"], handle, n * stage_units + i)
-            yield from copies_of_unit(place * stage_units + i, unit)
+            yield from copies_of_unit(place, i, unit)
 
         self.ring.fill((window - self.window) * per_window + n, copies)
 
