@@ -20,9 +20,9 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu_shape import STEP, UNIT, S
 from pallas_kernels.mosaic_warp import PIECE
 
 INTERPRETED_WORKERS = 2
-# Head sizes for which the kernel of dq finds delta itself, which saves reading the cotangent
-# of the output once more: none before it has run on a GPU. With 64 there is room for that.
-DQ_FINDS_DELTA = ()
+# Head sizes for which the kernel of dq finds delta itself, which saves reading the output's
+# cotangent once more. With 128 there is no room for the output in shared memory.
+DQ_FINDS_DELTA = (64,)
 # Bytes of a multiprocessor's shared memory, less what barriers and small arrays take.
 _SHARED_MEMORY = 208 * 1024
 # Bytes of a round that a device's cache holds beside what else goes through it.
@@ -68,11 +68,11 @@ def key_config(head_dim: int, num_rows: int, whole_blocks: bool) -> mosaic_gpu_d
   if whole_blocks and head_dim == 128:
     return mosaic_gpu_dkv.Config(
       warpgroups=2,
-      stages=5,
+      stages=4,
       units_per_stage=4,
-      registers=240,
+      registers=232,
       keys_in_registers=False,
-      rounds=min(8, rounds),
+      rounds=min(2, rounds),
       whole_blocks=True,
     )
   # More rounds would leave more partial sums, which cost more than the cache saves.

@@ -184,8 +184,8 @@ def test_parts_cover_every_window_once(case):
     slots |= new
 
 
-def test_windows_share_out_long_runs():
-  """A hundred queries in a row that read one piece are spread over all windows."""
+def windows_of_first_tile(**tiling):
+  """Units and pieces of its windows; queries in a row read one piece of it, then another."""
   t, block_size = 512, 16
   position = np.arange(t)
   blocks = np.stack([position // block_size, np.where(position < 256, 0, 1)], axis=-1)
@@ -197,15 +197,25 @@ def test_windows_share_out_long_runs():
     block_size=block_size,
     num_blocks=t // block_size,
   )
-  tiling = key_tiles.Tiling(
-    block_size=block_size, num_blocks=t // block_size, keys_per_tile=192
-  )
+  tiling = key_tiles.Tiling(block_size=block_size, num_blocks=t // block_size, **tiling)
   keys = key_tiles.key_tiles(lists, tiling, num_parts=2, has_tokens=False)
   count = int(keys.first_window_X[1])
-  pieces = np.asarray(keys.pieces_W)[: count * 32].reshape(count, 32)
+  return (np.asarray(x)[: count * 32].reshape(count, 32) for x in (keys.units_W, keys.pieces_W))
+
+
+def test_windows_share_out_long_runs():
+  """A hundred queries in a row that read one piece are spread over all windows."""
+  _, pieces = windows_of_first_tile(keys_per_tile=192)
   for piece in (0, 1):
     per_window = (pieces >> piece & 1).sum(1)
     assert per_window.max() - per_window.min() <= 3
+
+
+def test_windows_in_order_are_filled_one_after_the_other():
+  found, pieces = windows_of_first_tile(keys_per_tile=16, in_order=True)
+  # The queries of the block itself are among those that read it.
+  np.testing.assert_array_equal(found.reshape(-1), np.arange(256))
+  assert (pieces & 1 == 1).all()
 
 
 def test_a_worst_case_too_large_to_number_is_refused():
@@ -275,12 +285,15 @@ def test_on_a_gpu_its_kernel_makes_the_same_lists(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("name", ON_GPU)
-def test_on_a_gpu_its_kernels_deal_the_same_units(name):
+def test_on_a_gpu_its_kernels_deal_the_same_units(name, in_order):
   arrays, sizes = make_on_gpu(name)
   block_size, n = sizes["block_size"], sizes["num_blocks"]
   lists = jax.jit(functools.partial(units.unit_lists, **sizes))(*arrays)
-  tiling = key_tiles.Tiling(block_size=block_size, num_blocks=n, keys_per_tile=192)
+  tiling = key_tiles.Tiling(
+    block_size=block_size, num_blocks=n, keys_per_tile=192, in_order=in_order
+  )
   expected = jax.jit(lambda x: key_tiles.deal(x, tiling, has_tokens=False))(lists)
   actual = jax.jit(lambda x: mosaic_gpu_deal.deal(x, tiling))(lists)
   for field in ("windows_X", "first_window_X"):
