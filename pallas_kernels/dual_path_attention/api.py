@@ -45,10 +45,10 @@ def dual_path_attention(
   `separate` runs the two back to back. One pass over all tiles could share the product of
   queries and keys, but needs a second accumulator: half as many products again in a dense
   kernel's forward pass (6 D for 4 D operations per score), and two beside five in its
-  backward pass. Measured on an H100 (results/kernels), forward, at SSA's budget: Pallas' dense
-  kernel takes 1.41 ms at 8k tokens where cuDNN's takes 1.31 and the block-sparse kernel 0.23,
-  so that 0.13 ms are left for work of about 0.6 ms; at 2k it takes 0.45 against 0.41 and 0.21,
-  with 0.17 ms left for 0.2. There is no dense backward kernel in Mosaic to begin from.
+  backward pass. Measured on an H200 (results/kernels), forward, at SSA's budget: Pallas' dense
+  kernel takes 1.32 ms at 8k tokens where cuDNN's takes 1.23 and the block-sparse kernel 0.18,
+  so that 0.09 ms are left for work of about 0.6 ms; at 2k it takes 0.41 against 0.37 and 0.16,
+  with 0.12 ms left for 0.2. There is no dense backward kernel in Mosaic to begin from.
 
   Args:
     q_BTHD, k_BTKD, v_BTKD: queries, keys and values of one dtype.

@@ -1,0 +1,80 @@
+"""One run of every kernel, for NVIDIA's checker of memory accesses.
+
+  compute-sanitizer --tool memcheck .venv/bin/python -m tests.pallas_kernels.memcheck [RUN ...]
+
+Every kernel for Hopper GPUs, and those in Triton where the extra is installed; or only the
+runs named. The checker itself dies of a segmentation fault now and then: a run of its own
+for each, and another try, get through.
+"""
+
+import functools
+import importlib.util
+import os
+import sys
+
+# Under the checker, CUDA graphs (XLA's command buffers) end in a segmentation fault.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import block_sparse_attention, devices, select_blocks
+from pallas_kernels.block_selection import pooling
+from tests.pallas_kernels import problems
+
+ATTENTION = {  # B, T, H, K, D, block_size, M, and extras
+  "single_tokens": ((1, 500, 32, 2, 64, 16, 8), {}),
+  "whole_blocks": ((1, 500, 16, 1, 128, 64, 4), dict(offset=77)),
+  "several_tokens": ((1, 300, 8, 2, 64, 32, 4), dict(documents=True, offset=77, bias=True)),
+  "heads_of_128": ((1, 300, 16, 1, 128, 16, 4), dict(documents=True, bias=True)),
+}
+SELECTION = {  # D, block_size, and rules
+  "select_blocks": (64, 16, {}),
+  "select_windows": (128, 64, dict(pooling=pooling.infllm_v2(64), num_initial=1, num_local=4)),
+}
+
+
+def attention(backend: str, name: str) -> dict:
+  """Output and gradients."""
+  case, extras = ATTENTION[name]
+  attend = functools.partial(block_sparse_attention, implementation=backend)
+  return problems.run(problems.make(*case, **extras), dtype=jnp.bfloat16, attend=attend)
+
+
+def selection(name: str) -> dict:
+  """Block lists."""
+  d, block_size, rules = SELECTION[name]
+  keys = jax.random.split(jax.random.key(0))
+  q = jax.random.normal(keys[0], (1, 700, 16, d), jnp.bfloat16)
+  k = jax.random.normal(keys[1], (1, 700, 1, d), jnp.bfloat16)
+  sizes = dict(block_size=block_size, num_blocks=8)
+  return dict(blocks=select_blocks(q, k, **sizes, **rules, implementation="mosaic_gpu"))
+
+
+def main(names: list[str]) -> int:
+  """The command line; returns the exit status."""
+  backends = ["mosaic_gpu"]
+  if importlib.util.find_spec("jax_triton") is not None:
+    backends.append("triton")
+  runs = {name: functools.partial(selection, name) for name in SELECTION}
+  for backend in backends:
+    runs |= {
+      f"{name}/{backend}": functools.partial(attention, backend, name) for name in ATTENTION
+    }
+  unknown = [name for name in names if name not in runs]
+  if unknown:
+    sys.stderr.write(f"error: no run {unknown[0]!r}; there are {', '.join(runs)}\n")
+    return 2
+  why_not = devices.why_not_hopper()
+  if why_not is not None:
+    sys.stderr.write(f"error: memcheck {why_not}\n")
+    return 2
+  for name in names or runs:
+    found = jax.block_until_ready(runs[name]())
+    sys.stdout.write(f"ran {name}: {', '.join(found)}\n")
+    sys.stdout.flush()
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
