@@ -31,6 +31,7 @@ SHARED = (
 MAY_IMPORT = {
   "configs": (),
   "pallas_kernels": (),
+  "sparsejax.diagnostics": (),
   "sparsejax.errors": (),
   "sparsejax.losses": (),
   "sparsejax.optimizer": (),

@@ -1,0 +1,1 @@
+"""What attention does, as numbers: where its mass lies, and which blocks are chosen."""
