@@ -1,1 +1,1 @@
-"""Causal attention in which every query reads every earlier key of its document."""
+"""Causal attention to every earlier key of a query's document, or to the last of them."""

@@ -1,4 +1,4 @@
-"""Causal attention in which every query reads every earlier key of its document.
+"""Causal attention to every earlier key of a query's document, or to the last of them.
 
 Shape letters, used in every file of this folder:
   B batch   T queries and keys   H query heads   K key/value heads   D head size
@@ -16,6 +16,8 @@ type FullImplementation = Literal["auto", "strict", "cudnn", "xla", "reference"]
 
 # What `auto` tries, in this order.
 AUTOMATIC = ("cudnn", "xla")
+# With a window. Not cuDNN: its windows have run on no GPU yet.
+AUTOMATIC_WITH_WINDOW = ("xla",)
 
 
 def full_attention(
@@ -25,6 +27,7 @@ def full_attention(
   *,
   segments_BT: Int[Array, "B T"] | None = None,
   max_documents: int | None = None,
+  window: int | None = None,
   implementation: FullImplementation | None = None,
 ) -> Float[Array, "B T H D"]:
   """Returns causal softmax attention with scores scaled by D ** -0.5.
@@ -38,12 +41,15 @@ def full_attention(
     max_documents: runs that a row of segments may hold; needed with them. A row with more
       comes out as NaN on cuDNN, rather than with borders missing. 1 says that segments set
       nothing apart but padding at a row's end; what the padding reads is then undefined.
-    implementation: None and `auto` take cuDNN where it can run and `xla` elsewhere; `strict`
-      is cuDNN or an error; `reference` is the definition.
+    window: keys that a query reads at most, its own and those right before it (sliding-window
+      attention); None is all of them. `xla` then takes O(T window) time and memory.
+    implementation: None and `auto` take cuDNN where it can run and `xla` elsewhere and where
+      there is a window, which cuDNN takes by name or with `strict`; `strict` is cuDNN or an
+      error; `reference` is the definition.
 
   Raises:
     ValueError: shapes or dtypes that do not fit together, segments without
-      `max_documents`, or an implementation that cannot run here.
+      `max_documents`, a window below 1, or an implementation that cannot run here.
     KeyError: no such implementation.
   """
   choice = choose_full_attention(
@@ -52,10 +58,13 @@ def full_attention(
     v_BTKD,
     segments_BT=segments_BT,
     max_documents=max_documents,
+    window=window,
     implementation=implementation,
   )
   run = _IMPLEMENTATIONS[choice.backend]
-  return run(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents)
+  # A window as long as the row hides nothing.
+  window = None if window is None or window >= q_BTHD.shape[1] else window
+  return run(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window)
 
 
 def choose_full_attention(
@@ -65,20 +74,26 @@ def choose_full_attention(
   *,
   segments_BT: Int[Shaped, "B T"] | None = None,
   max_documents: int | None = None,
+  window: int | None = None,
   implementation: FullImplementation | None = None,
 ) -> dispatch.Choice:
   """What `full_attention` runs for such arrays on the first device, and why.
 
   Takes the same arguments and raises the same errors; runs nothing, so that a
-  `jax.ShapeDtypeStruct` will do for an array.
+  `jax.ShapeDtypeStruct` will do for an array. With a window the operation is called
+  `sliding_window_attention`.
   """
-  _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents)
+  _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window)
   has_documents = segments_BT is not None and max_documents > 1
   candidates = {
     "cudnn": lambda: cudnn.why_not(q_BTHD.dtype, q_BTHD.shape[-1], has_documents=has_documents),
     "xla": dispatch.runs_anywhere,
     "reference": dispatch.runs_anywhere,
   }
+  if window is not None:
+    return dispatch.choose(
+      "sliding_window_attention", implementation, candidates, automatic=AUTOMATIC_WITH_WINDOW
+    )
   return dispatch.choose("full_attention", implementation, candidates, automatic=AUTOMATIC)
 
 
@@ -89,7 +104,7 @@ _IMPLEMENTATIONS = {
 }
 
 
-def _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents):
+def _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window):
   (b, t, h, d), k = q_BTHD.shape, k_BTKD.shape[2]
   if k_BTKD.shape != (b, t, k, d) or v_BTKD.shape != (b, t, k, d):
     raise ValueError(f"k and v must be {(b, t, k, d)}, got {k_BTKD.shape} and {v_BTKD.shape}")
@@ -99,6 +114,8 @@ def _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents):
     )
   if h % k:
     raise ValueError(f"{h} query heads do not group over {k} key heads")
+  if window is not None and window < 1:
+    raise ValueError(f"{window=} must be at least 1, the query's own key")
   if segments_BT is None:
     return
   if segments_BT.shape != (b, t):

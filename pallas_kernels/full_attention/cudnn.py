@@ -25,10 +25,16 @@ def why_not(dtype, head_dim: int, *, has_documents: bool) -> str | None:
   return None
 
 
-def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents):
+def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window):
   if segments_BT is None or max_documents == 1:
     return jax.nn.dot_product_attention(
-      q_BTHD, k_BTKD, v_BTKD, is_causal=True, implementation="cudnn"
+      q_BTHD,
+      k_BTKD,
+      v_BTKD,
+      is_causal=True,
+      # Keys to the left and to the right of a query's own.
+      local_window_size=None if window is None else (window - 1, 0),
+      implementation="cudnn",
     )
   # jax.nn has no argument for packed documents; its own cuDNN call does.
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -44,6 +50,7 @@ def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents):
     kv_offsets=offsets_BM,
     scale=q_BTHD.shape[-1] ** -0.5,
     mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    sliding_window_length=window,
   )
   return jnp.where(has_room_B[:, None, None, None], out_BTHD, jnp.nan)
 

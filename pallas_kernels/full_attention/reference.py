@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 
 
-def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents):
+def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window):
   del max_documents  # any number
   (b, t, h, d), k = q_BTHD.shape, k_BTKD.shape[2]
   q_BTKGD = q_BTHD.reshape(b, t, k, h // k, d)
   logits_BKGTS = d**-0.5 * _einsum_f32("btkgd,bskd->bkgts", q_BTKGD, k_BTKD)
   seen_BTS = jnp.tri(t, dtype=bool)[None]
+  if window is not None:
+    seen_BTS = seen_BTS & ~jnp.tri(t, k=-window, dtype=bool)[None]
   if segments_BT is not None:
     seen_BTS = seen_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
   logits_BKGTS = jnp.where(seen_BTS[:, None, None], logits_BKGTS, -jnp.inf)

@@ -5,25 +5,52 @@ import jax.numpy as jnp
 
 # Score elements (float32) per stripe of queries.
 STRIPE_ELEMENTS = 2**26
+# A stripe of a sliding window has at least so many queries: very short ones take longer.
+LEAST_STRIPE = 128
 
 
-def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents):
-  """Stripes of queries against all keys; each is recomputed in the backward pass."""
+def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window):
+  """Stripes of queries against the keys they may see; recomputed in the backward pass.
+
+  Those are all keys or, where there is a window, as many as the stripe and the window before
+  it have; keys that are not there, before the first, are hidden.
+  """
   del max_documents  # any number
   b, t, h, _ = q_BTHD.shape
-  size = min(t, max(1, STRIPE_ELEMENTS // (b * h * t)))
   if segments_BT is None:
     segments_BT = jnp.ones((b, t), jnp.int32)
+  if window is None:
+    before, size = 0, min(t, max(1, STRIPE_ELEMENTS // (b * h * t)))
+    num_keys = t
+  else:
+    before, most = window - 1, max(window, LEAST_STRIPE)
+    size = min(t, most, max(1, STRIPE_ELEMENTS // (b * h * 2 * most)))
+    num_keys = size + before
+
+  def pad(x):
+    return jnp.pad(x, [(0, 0), (before, 0)] + [(0, 0)] * (x.ndim - 2))
+
+  k_BSKD, v_BSKD, segments_BS = pad(k_BTKD), pad(v_BTKD), pad(segments_BT)
 
   @jax.checkpoint
   def stripe(start):
-    def cut(x):
-      return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+    def cut(x, length):
+      begin = start if length < x.shape[1] else 0
+      return jax.lax.dynamic_slice_in_dim(x, begin, length, axis=1)
 
-    is_earlier_CS = start + jnp.arange(size)[:, None] >= jnp.arange(t)[None, :]
-    is_same_BCS = cut(segments_BT)[:, :, None] == segments_BT[:, None, :]
+    first_key = 0 if window is None else start - before
+    position_C1 = start + jnp.arange(size)[:, None]
+    position_1X = first_key + jnp.arange(num_keys)[None, :]
+    is_seen_CX = (position_C1 >= position_1X) & (position_1X >= 0)
+    if window is not None:
+      is_seen_CX &= position_C1 - position_1X < window
+    own_BC, of_key_BX = cut(segments_BT, size), cut(segments_BS, num_keys)
+    is_same_BCX = own_BC[:, :, None] == of_key_BX[:, None, :]
     return jax.nn.dot_product_attention(
-      cut(q_BTHD), k_BTKD, v_BTKD, mask=(is_same_BCS & is_earlier_CS[None])[:, None]
+      cut(q_BTHD, size),
+      cut(k_BSKD, num_keys),
+      cut(v_BSKD, num_keys),
+      mask=(is_same_BCX & is_seen_CX[None])[:, None],
     )
 
   if size == t:

@@ -28,9 +28,15 @@ def make_problem(b=2, t=64, h=4, k=2, d=8, dtype=jnp.float32, seed=0):
   ]
 
 
-def expected(q, k, v, segments=None):
+def expected(q, k, v, segments=None, window=None):
   return full_attention(
-    q, k, v, segments_BT=segments, max_documents=8, implementation="reference"
+    q,
+    k,
+    v,
+    segments_BT=segments,
+    max_documents=8,
+    window=window,
+    implementation="reference",
   )
 
 
@@ -54,6 +60,45 @@ def test_stripes_do_not_change_the_result(elements, monkeypatch):
   )
   for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(a, w, atol=1e-5)
+
+
+@pytest.mark.parametrize("least", [128, 24, 1], ids=["whole", "24", "one"])
+@pytest.mark.parametrize("window", [1, 7, 63, 64, 100])
+def test_a_window_is_its_definition(window, least, monkeypatch):
+  """Values and gradients, with stripes longer and shorter than the window."""
+  monkeypatch.setattr(xla, "LEAST_STRIPE", least)
+  monkeypatch.setattr(xla, "STRIPE_ELEMENTS", 2 * 4 * 2 * least * max(window, least))
+  q, k, v = make_problem()
+  segments = make_segments()
+
+  def run(attend):
+    def total(q, k, v):
+      out = attend(q, k, v)
+      return (out**2).sum(), out
+
+    return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+
+  actual = run(
+    lambda q, k, v: full_attention(
+      q, k, v, segments_BT=segments, max_documents=4, window=window
+    )
+  )
+  wanted = run(lambda q, k, v: expected(q, k, v, segments, window))
+  for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, w, atol=1e-5)
+
+
+def test_a_window_takes_no_memory_of_the_whole_row():
+  t = 65536
+  q = jax.ShapeDtypeStruct((1, t, 2, 8), jnp.float32)
+  k = jax.ShapeDtypeStruct((1, t, 1, 8), jnp.float32)
+
+  def loss(q, k):
+    return full_attention(q, k, k, window=256).sum()
+
+  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(q, k).compile()
+  # Scores of one query in 64 against all keys would take as much.
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * t * t * 4 / 64
 
 
 def test_without_segments_it_is_causal_attention():
@@ -145,6 +190,21 @@ def test_one_document_a_row_needs_no_separation(monkeypatch):
   assert choose_full_attention(*arrays, **options | dict(max_documents=1)).backend == "cudnn"
 
 
+def test_a_window_runs_in_xla_unless_cudnn_is_asked_for(monkeypatch):
+  monkeypatch.setattr(jax, "devices", lambda: [FakeDevice("9.0")])
+  arrays, options = shapes(documents=True)
+  chosen = {
+    asked: str(choose_full_attention(*arrays, **options, window=8, implementation=asked))
+    for asked in ("auto", "strict", "cudnn")
+  }
+  name = "sliding_window_attention"
+  assert chosen == dict(
+    auto=f"{name}: xla (cudnn runs by name or with strict)",
+    strict=f"{name}: cudnn (strict)",
+    cudnn=f"{name}: cudnn (asked for)",
+  )
+
+
 def test_where_there_is_no_gpu_strict_and_cudnn_are_refused():
   if jax.devices()[0].platform == "gpu":
     pytest.skip("this machine has a GPU")
@@ -171,6 +231,7 @@ def test_where_there_is_no_gpu_strict_and_cudnn_are_refused():
     (dict(segments=(1, 16)), "segments must be"),
     (dict(segments=(1, 32), max_documents=None), "max_documents=None must be at least 1"),
     (dict(segments=(1, 32), max_documents=0), "max_documents=0 must be at least 1"),
+    (dict(window=0), "window=0 must be at least 1, the query's own key"),
   ],
 )
 def test_wrong_input_is_refused(change, message):
@@ -181,19 +242,26 @@ def test_wrong_input_is_refused(change, message):
   # Unwrapped, since the hook that checks array types would see mismatched shapes first.
   choose = inspect.unwrap(choose_full_attention)
   with pytest.raises(ValueError, match=message):
-    choose(q, k, v, segments_BT=segments, max_documents=max_documents)
+    choose(
+      q,
+      k,
+      v,
+      segments_BT=segments,
+      max_documents=max_documents,
+      window=change.get("window"),
+    )
 
 
-def test_reference_is_the_definition():
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_reference_is_the_definition(window):
   """One query and one head at a time in numpy."""
   q, k, v = make_problem(t=24)
   segments = make_segments(length=24)
-  out = full_attention(
-    q, k, v, segments_BT=segments, max_documents=4, implementation="reference"
-  )
+  out = expected(q, k, v, segments, window)
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   for row, query, head in np.ndindex(2, 24, 4):
-    seen = [s for s in range(query + 1) if segments[row, s] == segments[row, query]]
+    first = 0 if window is None else max(0, query + 1 - window)
+    seen = [s for s in range(first, query + 1) if segments[row, s] == segments[row, query]]
     scores = k[row, seen, head // 2] @ q[row, query, head] * 8**-0.5
     weights = np.exp(scores) / np.exp(scores).sum()
     wanted = weights @ v[row, seen, head // 2]
@@ -201,9 +269,10 @@ def test_reference_is_the_definition():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 511])
 @pytest.mark.parametrize("max_documents", [1, 3, 8])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_cudnn_keeps_documents_apart(head_dim, max_documents):
+def test_cudnn_keeps_documents_apart(head_dim, max_documents, window):
   """Values and gradients of the packed form against masked attention in float32."""
   q, k, v = make_problem(b=3, t=512, h=8, k=2, d=head_dim, dtype=jnp.bfloat16)
   segments = make_segments(rows=3, length=512, num_documents=max(1, max_documents - 1))
@@ -213,12 +282,18 @@ def test_cudnn_keeps_documents_apart(head_dim, max_documents):
 
   def run(q, k, v):
     return full_attention(
-      q, k, v, segments_BT=segments, max_documents=max_documents, implementation="cudnn"
+      q,
+      k,
+      v,
+      segments_BT=segments,
+      max_documents=max_documents,
+      window=window,
+      implementation="cudnn",
     )
 
   out, vjp = jax.vjp(jax.jit(run), q, k, v)
   exact_inputs = [x.astype(jnp.float32) for x in (q, k, v)]
-  wanted, exact_vjp = jax.vjp(lambda *x: expected(*x, segments), *exact_inputs)
+  wanted, exact_vjp = jax.vjp(lambda *x: expected(*x, segments, window), *exact_inputs)
   pairs = zip((out, *vjp(dout.astype(out.dtype))), (wanted, *exact_vjp(dout)), strict=True)
   for actual, exact in pairs:
     error = jnp.linalg.norm(actual.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
