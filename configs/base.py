@@ -41,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     sparse_method="moba",  # the sparse side of `ssa`, and of `full` when run sparse
     block_size=16,  # keys per block
     num_blocks=16,  # blocks a query reads, its own included
+    window=512,  # keys a query reads of `sliding_window`, its own included
     selection="exact",  # exact: the best blocks | half_local: as SSA's released kernel
     document_mask="both",  # streams that stop at documents: both | full | none
     gate=True,  # a sigmoid gate per head and token on the attention output

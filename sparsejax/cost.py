@@ -2,7 +2,7 @@
 
 import jax
 
-from sparsejax import model
+from sparsejax import attention, model
 from sparsejax.attention import method
 
 # Dense bfloat16 TFLOP/s by what a device calls itself, first match counts.
@@ -54,23 +54,22 @@ def train_flops_per_token(
 
   Matrix products count two per multiply-add and three passes (forward, and two products in
   the backward pass); what is recomputed to save memory does not count. Attention counts the
-  keys that are read under the causal mask and the block lists, of both streams for SSA, and
-  the scores of pooled keys, forward only.
+  keys that are read under the causal mask, the block lists and the window, of both streams for
+  SSA, and the scores of pooled keys, forward only.
   """
   per_layer = 0.0
   if options.method in ("full", "ssa"):
     per_layer += 3 * _attention(shape, mean_keys_full(sequence_length))
   if options.method != "full":
-    per_layer += 3 * _attention(shape, mean_keys_sparse(sequence_length, options))
-    num_scores = mean_keys_full(sequence_length) / options.block_size
-    per_layer += _attention(shape, num_scores) / 2
+    sparse = _SPARSE[attention.sparse_name(options)]
+    per_layer += sparse(shape, options, sequence_length)
   return 3 * _matrices(shape) + shape.num_hidden_layers * per_layer
 
 
 def dense_flops_per_token(shape: model.Shape, sequence_length: int) -> float:
   """The same for a model that runs full attention once: the common yardstick of MFU."""
-  attention = 3 * _attention(shape, mean_keys_full(sequence_length))
-  return 3 * _matrices(shape) + shape.num_hidden_layers * attention
+  per_layer = 3 * _attention(shape, mean_keys_full(sequence_length))
+  return 3 * _matrices(shape) + shape.num_hidden_layers * per_layer
 
 
 def mean_keys_full(sequence_length: int) -> float:
@@ -87,6 +86,28 @@ def mean_keys_sparse(sequence_length: int, options: method.Options) -> float:
     others = min(options.num_blocks - 1, own) * size
     total += length * others + length * (length + 1) // 2
   return total / sequence_length
+
+
+def mean_keys_window(sequence_length: int, window: int) -> float:
+  """Keys a query reads of a sliding window, averaged over a row."""
+  window = min(window, sequence_length)
+  # The first queries have fewer keys before them.
+  missing = window * (window - 1) / 2
+  return window - missing / sequence_length
+
+
+def _moba(shape: model.Shape, options: method.Options, sequence_length: int) -> float:
+  read = 3 * _attention(shape, mean_keys_sparse(sequence_length, options))
+  num_scores = mean_keys_full(sequence_length) / options.block_size
+  return read + _attention(shape, num_scores) / 2
+
+
+def _sliding_window(shape: model.Shape, options: method.Options, sequence_length: int) -> float:
+  return 3 * _attention(shape, mean_keys_window(sequence_length, options.window))
+
+
+# Operations of a sparse stream per token and layer, forward and backward.
+_SPARSE = {"moba": _moba, "sliding_window": _sliding_window}
 
 
 def _matrices(shape: model.Shape) -> float:

@@ -23,7 +23,7 @@ def make_config(**changes):
     num_key_value_heads=2,
     head_dim=8,
   )
-  c.attention.update(block_size=8, num_blocks=3)
+  c.attention.update(block_size=8, num_blocks=3, window=12)
   c.loss.chunk_length = 24
   c.data.update(sequence_length=64, batch_size=8)
   c.optimizer.update(warmup_steps=2)

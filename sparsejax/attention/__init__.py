@@ -3,25 +3,30 @@
 from sparsejax.attention.full import Full
 from sparsejax.attention.method import Options, SsaOptions
 from sparsejax.attention.moba import Moba
+from sparsejax.attention.sliding_window import SlidingWindow
 from sparsejax.attention.ssa import Ssa
 
-__all__ = ["METHODS", "SPARSE_METHODS", "Options", "SsaOptions", "make_method"]
+__all__ = ["METHODS", "SPARSE_METHODS", "Options", "SsaOptions", "make_method", "sparse_name"]
 
-METHODS = {"full": Full, "moba": Moba, "ssa": Ssa}
+METHODS = {"full": Full, "moba": Moba, "sliding_window": SlidingWindow, "ssa": Ssa}
 
-# Methods that select blocks themselves (a `method.SparseMethod` each); the others run one of
-# these when run sparse.
-SPARSE_METHODS = ("moba",)
+# Methods with a sparse stream of their own (a `method.SparseMethod` each); the others run one
+# of these when run sparse.
+SPARSE_METHODS = ("moba", "sliding_window")
+
+
+def sparse_name(options: Options) -> str:
+  """The method whose sparse stream a layer runs when run sparse."""
+  return options.method if options.method in SPARSE_METHODS else options.sparse_method
 
 
 def make_method(options: Options):
   """The linen module of a method, to be called within a layer's compact method.
 
-  What selects blocks is always the layer's submodule `sparse`, alone or inside the method,
+  A sparse method is always the layer's submodule `sparse`, alone or inside another method,
   so that its parameters have one place whatever the training.
   """
-  name = options.method if options.method in SPARSE_METHODS else options.sparse_method
-  sparse = METHODS[name](options, name="sparse")
+  sparse = METHODS[sparse_name(options)](options, name="sparse")
   if options.method in SPARSE_METHODS:
     return sparse
   return METHODS[options.method](options, sparse, name="method")

@@ -3,11 +3,13 @@
 Letters: B batch, T tokens, H query heads, K key/value heads, D head size, M blocks listed.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from sparsejax import errors
+from sparsejax import attention, errors
 from sparsejax.attention import method
 
 
@@ -23,7 +25,7 @@ def choose(
   """What each operation of attention runs on, and why.
 
   Whatever the method trains, validation runs it full and sparse: the operations of both
-  streams are always among them.
+  streams are always among them, each once.
 
   Args:
     options: settings of attention.
@@ -36,19 +38,16 @@ def choose(
       to set.
   """
   asked = _Questions(options, dtype, num_heads, num_kv_heads, head_dim, length)
+  sparse = attention.sparse_name(options)
   choices, problems = [], []
-  for key, ask in (
-    ("full_implementation", asked.full_attention),
-    ("sparse_implementation", asked.block_selection),
-    ("sparse_implementation", asked.block_sparse_attention),
-  ):
+  for key, ask in (("full_implementation", asked.full_attention), *asked.of_sparse(sparse)):
     try:
       choices.append(ask())
     except pallas_kernels.CannotRunError as error:
       problems.append(_problem(key, error))
   if problems:
     raise errors.ConfigError("\n".join(problems))
-  if options.method == "ssa":
+  if options.method == "ssa" and sparse == "moba":
     choices.append(asked.dual_path_attention())
   return choices
 
@@ -67,6 +66,27 @@ class _Questions:
     tokens = method.Tokens(array(dtype=jnp.int32), None, None)
     self._full_segments_BT = options.full_segments(tokens)
     self._sparse_segments_BT = options.sparse_segments(tokens)
+
+  def of_sparse(self, name: str) -> list[tuple[str, Callable[[], pallas_kernels.Choice]]]:
+    """What a sparse method's own stream runs: the key that names backends, the question."""
+    return {
+      "moba": [
+        ("sparse_implementation", self.block_selection),
+        ("sparse_implementation", self.block_sparse_attention),
+      ],
+      "sliding_window": [
+        ("full_implementation", lambda: self.sliding_window(self._options.window)),
+      ],
+    }[name]
+
+  def sliding_window(self, window: int) -> pallas_kernels.Choice:
+    return pallas_kernels.choose_full_attention(
+      *self._qkv,
+      segments_BT=self._sparse_segments_BT,
+      max_documents=self._options.max_documents,
+      window=window,
+      implementation=self._options.full_backend,
+    )
 
   def full_attention(self) -> pallas_kernels.Choice:
     return pallas_kernels.choose_full_attention(

@@ -9,7 +9,7 @@ streams, so that one set of weights can be trained one way and evaluated in othe
 
   train   what the method does in training
   full    every query reads every earlier key
-  sparse  every query reads the blocks it selects
+  sparse  every query reads what the method gives it to read, such as the blocks it selects
 
 Letters: B batch, T tokens, H query heads, K key/value heads, D head size, M blocks listed.
 """
@@ -69,6 +69,7 @@ class Options:
     sparse_method: the sparse side of a method that has none of its own.
     block_size: keys per block.
     num_blocks: blocks a query reads, its own included.
+    window: keys a query reads of `sliding_window`, its own included.
     selection: `exact` or `half_local` (see `pallas_kernels.select_blocks`).
     document_mask: streams that stop at document borders: `both`, `full` or `none`.
     gate: whether a sigmoid gate per head and token multiplies the output.
@@ -83,6 +84,7 @@ class Options:
   sparse_method: str
   block_size: int
   num_blocks: int
+  window: int
   selection: str
   document_mask: str
   gate: bool
@@ -147,7 +149,7 @@ class SsaOptions:
 
 
 class SparseMethod(nn.Module):
-  """A method that selects blocks itself: an entry of `SPARSE_METHODS`."""
+  """A method with a sparse stream of its own: an entry of `SPARSE_METHODS`."""
 
   options: Options
 

@@ -36,6 +36,7 @@ AT_LEAST_ONE = (
   "model.vocab_size",
   "attention.block_size",
   "attention.num_blocks",
+  "attention.window",
   "loss.chunk_length",
   "data.sequence_length",
   "data.batch_size",

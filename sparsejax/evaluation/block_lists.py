@@ -39,6 +39,7 @@ def choose(subject: subjects.Subject) -> np.ndarray:
   """The lists of the first validation row, int32 [layers, T, K, M], -1 for empty slots.
 
   Raises:
+    ConfigError: the model's method chooses no blocks.
     DataError: no source has a validation split.
   """
   sources = [source for source in subject.corpus.sources if source.validation]
@@ -64,11 +65,17 @@ def choose(subject: subjects.Subject) -> np.ndarray:
 
   seen = look(subject.params, jax.tree.map(jnp.asarray, rows))
   # Somewhere in the layers, by the method's own names.
-  (blocks_LBTKM,) = (
+  found = [
     value
     for path, value in jax.tree_util.tree_flatten_with_path(seen)[0]
     if any(getattr(key, "key", None) == "blocks" for key in path)
-  )
+  ]
+  if not found:
+    raise errors.ConfigError(
+      f"attention.method={subject.transformer.options.method!r} chooses no blocks; "
+      "--tasks=block_lists is for models that do."
+    )
+  (blocks_LBTKM,) = found
   return np.asarray(blocks_LBTKM[:, 0])
 
 

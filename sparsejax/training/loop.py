@@ -346,9 +346,12 @@ def describe(
     f"{shape.num_key_value_heads} of {shape.head_dim}"
   )
   separate = dict(both="both streams", full="the full stream", none="neither stream")
+  reads = f"{options.num_blocks} blocks of {options.block_size} keys (budget {options.budget})"
+  if options.method == "sliding_window":
+    reads = f"window of {options.window} keys"
   yield (
-    f"attention: {options.method}, {options.num_blocks} blocks of {options.block_size} keys "
-    f"(budget {options.budget}), documents separate in {separate[options.document_mask]}"
+    f"attention: {options.method}, {reads}, documents separate in "
+    f"{separate[options.document_mask]}"
   )
   for choice in backends:
     yield f"backend of {choice}"

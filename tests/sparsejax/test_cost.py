@@ -31,6 +31,12 @@ def test_every_block_costs_full_attention():
   np.testing.assert_allclose(cost.mean_keys_sparse(64, options), cost.mean_keys_full(64))
 
 
+@pytest.mark.parametrize("window", [1, 5, 64, 100])
+def test_keys_read_of_a_window(window):
+  expected = np.mean([min(t + 1, window) for t in range(64)])
+  np.testing.assert_allclose(cost.mean_keys_window(64, window), expected)
+
+
 def test_matrices_cost_six_per_parameter_and_token():
   """The rule of thumb: 6 N, N without the embedding table but with the unembedding."""
   transformer = small.make_model(attention__method="full")
@@ -53,6 +59,9 @@ def test_methods_in_order():
   # SSA runs both streams, and the selection once.
   matrices = cost.dense_flops_per_token(small.make_model().shape, 1) - 2 * 12 * 4 * 8
   assert flops("ssa") == pytest.approx(flops("full") + flops("moba") - matrices)
+  # Two layers of 12 operations for every channel of every head and key.
+  reads = 2 * 12 * 4 * 8 * cost.mean_keys_window(64, 12)
+  assert flops("sliding_window") == pytest.approx(matrices + reads)
 
 
 @pytest.mark.parametrize(

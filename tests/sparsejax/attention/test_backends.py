@@ -25,9 +25,15 @@ def choose(**keys):
 
 @pytest.mark.parametrize("method", attention.METHODS)
 def test_every_operation_of_both_streams_is_there_once(method):
-  both = ["dual_path_attention"] if method == "ssa" else []
+  blocks = ["block_selection", "block_sparse_attention"]
+  own = dict(
+    full=blocks,
+    moba=blocks,
+    sliding_window=["sliding_window_attention"],
+    ssa=[*blocks, "dual_path_attention"],
+  )
   ops = [choice.op for choice in choose(method=method)]
-  assert ops == ["full_attention", "block_selection", "block_sparse_attention", *both]
+  assert ops == ["full_attention", *own[method]]
 
 
 def test_a_cpu_takes_xla_and_says_why():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from sparsejax import errors
 from sparsejax.evaluation import block_lists, table
 from tests import small
 
@@ -45,3 +46,12 @@ def test_the_task_saves_the_lists_of_every_layer(tmp_path, method):
   assert [cell["layer"] for cell in content["cells"]] == list(range(layers))
   assert content["cells"][1]["unions"][2] == block_lists.mean_union(blocks[1], 8)
   assert f"{content['cells'][0]['unions'][0]:.1f}" in text
+
+
+def test_a_method_without_lists_is_refused(tmp_path):
+  workdir, _ = make_workdir(tmp_path, "sliding_window")
+  request = table.Request(path=workdir, tasks=("block_lists",))
+  with pytest.raises(
+    errors.ConfigError, match=r"attention.method='sliding_window' chooses no blocks"
+  ):
+    table.run(request, base.get_config())
