@@ -1,6 +1,7 @@
 """The front door of the kernels; nothing behind it is imported from outside."""
 
 from pallas_kernels.block_selection.api import choose_block_selection, select_blocks
+from pallas_kernels.block_selection.pooling import nsa_windows
 from pallas_kernels.block_sparse_attention.api import (
   block_sparse_attention,
   choose_block_sparse_attention,
@@ -22,5 +23,6 @@ __all__ = [
   "choose_full_attention",
   "dual_path_attention",
   "full_attention",
+  "nsa_windows",
   "select_blocks",
 ]

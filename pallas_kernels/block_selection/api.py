@@ -42,6 +42,7 @@ def select_blocks(
   pooling: Pooling | None = None,
   key_score_BSK: Float[Array, "B S K"] | None = None,
   num_by_query: int | None = None,
+  window_keys_BWKD: Float[Array, "B W K D"] | None = None,
   implementation: SelectionImplementation | None = None,
 ) -> Int[Array, "B T K M"]:
   """Returns the `num_blocks` best blocks of every query and key head, -1 where fewer exist.
@@ -49,11 +50,12 @@ def select_blocks(
   Windows of keys are represented by their means. Each query head turns its scores with the
   windows that are complete at its position into a softmax; the probabilities are summed
   over the heads of a group. A block's score is that of its window, or the largest of its
-  windows (see `Pooling`). Forced blocks are in: the first `num_initial` and the last
-  `num_local`, the query's own among them. The best of the others fill the list. Equal
-  scores are decided for the lower block. With whole blocks as windows this is the selection
-  of SSA (arXiv:2511.20102, section 4.1 and released code), with `pooling.infllm_v2` that of
-  InfLLM-V2 (arXiv:2509.24663).
+  windows, or their weighted sum (see `Pooling`). Forced blocks are in: the first
+  `num_initial` and the last `num_local`, the query's own among them. The best of the others
+  fill the list. Equal scores are decided for the lower block. With whole blocks as windows
+  this is the selection of SSA (arXiv:2511.20102, section 4.1 and released code), with
+  `pooling.infllm_v2` that of InfLLM-V2 (arXiv:2509.24663), with `pooling.nsa_windows` and
+  `window_keys` that of NSA (arXiv:2502.11089, equations 8 to 11).
 
   With scores of keys, queries choose `num_by_query` blocks so, forced ones among them. Then
   the rest is chosen by the blocks' mean scores of keys, pooled over the same windows: the
@@ -80,6 +82,8 @@ def select_blocks(
     pooling: windows; None is whole blocks.
     key_score_BSK: of each key (NOSA's importance before the exponential).
     num_by_query: with scores of keys, how many blocks queries choose.
+    window_keys_BWKD: what queries are compared with in place of the windows' means, such as
+      NSA's compressed keys; one for each of the windows that S keys complete.
     implementation: `mosaic_gpu` runs on Hopper GPUs, for the dtypes and sizes in its file;
       `xla` runs anywhere; `reference` is the definition. None and `auto` take `mosaic_gpu`
       where it can run and `xla` elsewhere; `strict` is `mosaic_gpu` or an error. Arrays that
@@ -91,7 +95,12 @@ def select_blocks(
     KeyError: no such rule or implementation.
   """
   problem = Problem(
-    q_BTHD, k_BSKD, jnp.asarray(query_offset, jnp.int32), segments_BS, key_score_BSK
+    q_BTHD,
+    k_BSKD,
+    jnp.asarray(query_offset, jnp.int32),
+    segments_BS,
+    key_score_BSK,
+    window_keys_BWKD,
   )
   rules = Rules(
     block_size=block_size,
@@ -104,6 +113,7 @@ def select_blocks(
     scale=q_BTHD.shape[-1] ** -0.5 if scale is None else scale,
   )
   _check_arrays(problem, query_offset)
+  _check_windows(problem, rules.pooling)
   _check_rules(rules, has_key_scores=key_score_BSK is not None)
   if (key_score_BSK is None) != (num_by_query is None):
     raise ValueError("key_score and num_by_query belong together; give both or neither")
@@ -170,7 +180,7 @@ def _choose(problem: Problem, rules: Rules, implementation: str | None) -> dispa
 
 
 def _check_arrays(problem: Problem, query_offset) -> None:
-  q_BTHD, k_BSKD, _, segments_BS, key_score_BSK = problem
+  q_BTHD, k_BSKD, _, segments_BS, key_score_BSK, _ = problem
   (b, t, h, d), (_, s, k, _) = q_BTHD.shape, k_BSKD.shape
   if k_BSKD.shape != (b, s, k, d):
     raise ValueError(f"keys must be {(b, s, k, d)}, got {k_BSKD.shape}")
@@ -181,6 +191,18 @@ def _check_arrays(problem: Problem, query_offset) -> None:
     raise ValueError(f"segments must be {(b, s)}, got {segments_BS.shape}")
   if key_score_BSK is not None and key_score_BSK.shape != (b, s, k):
     raise ValueError(f"scores of keys must be {(b, s, k)}, got {key_score_BSK.shape}")
+
+
+def _check_windows(problem: Problem, pooling: Pooling) -> None:
+  (b, s, k, d), keys_BWKD = problem.k_BSKD.shape, problem.window_keys_BWKD
+  wanted = b, pooling.num_windows(s), k, d
+  if keys_BWKD is not None and keys_BWKD.shape != wanted:
+    raise ValueError(f"keys of windows must be {wanted}, got {keys_BWKD.shape}")
+  weights = pooling.weights
+  if weights is not None and len(weights) != pooling.count:
+    raise ValueError(f"{len(weights)} weights for {pooling.count} windows of a block")
+  if problem.key_score_BSK is not None and (weights is not None or keys_BWKD is not None):
+    raise ValueError("scores of keys go with the largest of mean windows alone")
 
 
 def _check_rules(rules: Rules, *, has_key_scores: bool) -> None:

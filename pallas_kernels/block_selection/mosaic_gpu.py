@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices, mosaic_top
 from pallas_kernels.block_selection import mosaic_gpu_sizes, mosaic_gpu_tile, plan
-from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.mosaic_gpu_sizes import (
   HALO,
   MOST_SHARED,
@@ -69,6 +68,8 @@ def why_not(problem: Problem, rules: Rules) -> str | None:
     return f"takes head sizes {HEAD_DIMS}, not {q_BTHD.shape[-1]}"
   if heads > 32:
     return f"takes up to 32 query heads per key head, not {heads}"
+  if pooling.weights is not None:
+    return "takes the largest of a block's windows, not their sum"
   if pooling.count > HALO or abs(pooling.first) > HALO:
     return f"takes up to {HALO} windows per block, next to it, not {pooling}"
   num_slots = mosaic_top.LANES * -(-rules.num_by_query // mosaic_top.LANES)
@@ -135,9 +136,7 @@ class _Call:
     return -(-span.slots // mosaic_top.LANES) * mosaic_top.LANES
 
   def run(self, problem: Problem, bounds: plan.Bounds) -> list[jax.Array]:
-    k_BSKD, pooling = problem.k_BSKD, self.rules.pooling
-    keys_BWKD = poolings.mean_windows(k_BSKD, problem.segments_BS, pooling)
-    keys_BKWD = keys_BWKD.astype(k_BSKD.dtype).transpose(0, 2, 1, 3)
+    keys_BKWD = problem.keys_of_windows(self.rules.pooling).transpose(0, 2, 1, 3)
     # Copies take whole tiles of 8 rows; and there must be something to copy from.
     num_windows = max(keys_BKWD.shape[2], 1)
     missing = num_windows + -num_windows % WIDE - keys_BKWD.shape[2]

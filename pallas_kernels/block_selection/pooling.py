@@ -1,6 +1,7 @@
 """Windows of keys, their means, and the windows that speak for a block."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +12,23 @@ class Pooling:
   """Mean windows: window j covers keys `j stride` to `j stride + size - 1`.
 
   The score of block b is the largest of `count` windows, from `b block_size / stride +
-  first` on; windows that a query cannot see, and those that do not exist, count as 0.
+  first` on, or with weights their sum; windows that a query cannot see, and those that do not
+  exist, count as 0.
 
   Attributes:
     size: keys of a window.
     stride: keys from one window to the next; it divides the block size.
     first: where the windows of a block begin, relative to its own first key.
     count: how many windows speak for a block.
+    weights: of those windows in a block's score, which is then their sum; None takes the
+      largest.
   """
 
   size: int
   stride: int
   first: int
   count: int
+  weights: tuple[int, ...] | None = None
 
   def num_windows(self, num_keys: int) -> int:
     """Complete windows among so many keys."""
@@ -51,6 +56,24 @@ def infllm_v2(block_size: int) -> Pooling:
   if block_size % 4:
     raise ValueError(f"{block_size=} has no quarters; take a multiple of 4")
   return Pooling(block_size // 2, block_size // 4, -1, 5)
+
+
+def nsa_windows(block_size: int, size: int, stride: int) -> Pooling:
+  """Every window that shares keys with a block, weighted by how many strides they share.
+
+  Equation 9 of NSA (arXiv:2502.11089), where l' = block_size, l = size and d = stride.
+
+  Raises:
+    ValueError: a stride that does not divide windows and blocks.
+  """
+  if stride < 1 or size % stride or block_size % stride:
+    raise ValueError(f"{stride=} does not divide windows of {size} and blocks of {block_size}")
+  if size == stride == block_size:
+    return whole_blocks(block_size)
+  before, per_block = size // stride - 1, block_size // stride
+  # Strides [i, i + size / stride) of window i against [0, per_block) of the block.
+  weights = tuple(min(i + before + 1, per_block) - max(i, 0) for i in range(-before, per_block))
+  return Pooling(size, stride, -before, len(weights), weights)
 
 
 def mean_windows(x_BSKD, segments_BS, pooling: Pooling) -> jax.Array:
@@ -89,17 +112,32 @@ def largest_of_windows(
     num_blocks: how many blocks.
     empty: what windows that do not exist count as.
   """
+  return functools.reduce(
+    jnp.maximum, _windows_of_blocks(x_BTKW, pooling, per_block, num_blocks, empty)
+  )
+
+
+def scores_of_blocks(
+  x_BTKW: jax.Array, pooling: Pooling, per_block: int, num_blocks: int
+) -> jax.Array:
+  """Scores of blocks from those of windows: the largest, or the weighted sum."""
+  if pooling.weights is None:
+    return largest_of_windows(x_BTKW, pooling, per_block, num_blocks, 0.0)
+  windows = _windows_of_blocks(x_BTKW, pooling, per_block, num_blocks, 0.0)
+  return sum(weight * x for weight, x in zip(pooling.weights, windows, strict=True))
+
+
+def _windows_of_blocks(
+  x_BTKW: jax.Array, pooling: Pooling, per_block: int, num_blocks: int, empty: float
+) -> list[jax.Array]:
+  """The first window of every block, the second, and so on, over the last axis."""
   before = max(0, -pooling.first)
   needed = before + max(0, pooling.first) + pooling.count + per_block * num_blocks
   after = max(0, needed - before - x_BTKW.shape[-1])
   padding = [(0, 0)] * (x_BTKW.ndim - 1) + [(before, after)]
   padded = jnp.pad(x_BTKW, padding, constant_values=empty)
   start = before + pooling.first
-  windows = [
+  return [
     padded[..., start + i : start + i + per_block * num_blocks : per_block]
     for i in range(pooling.count)
   ]
-  largest = windows[0]
-  for x in windows[1:]:
-    largest = jnp.maximum(largest, x)
-  return largest

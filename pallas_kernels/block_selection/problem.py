@@ -11,7 +11,8 @@ from pallas_kernels.block_selection import pooling as poolings
 class Problem(NamedTuple):
   """What `api.select_blocks` was given, checked; optional arrays may be None.
 
-  `query_offset` is a scalar int32 array.
+  `query_offset` is a scalar int32 array; `window_keys_BWKD` stand for windows of keys in place
+  of their means.
   """
 
   q_BTHD: jax.Array
@@ -19,6 +20,14 @@ class Problem(NamedTuple):
   query_offset: jax.Array
   segments_BS: jax.Array | None
   key_score_BSK: jax.Array | None
+  window_keys_BWKD: jax.Array | None = None
+
+  def keys_of_windows(self, pooling: poolings.Pooling) -> jax.Array:
+    """What queries are compared with [B, W, K, D], in the dtype of the keys."""
+    keys_BWKD = self.window_keys_BWKD
+    if keys_BWKD is None:
+      keys_BWKD = poolings.mean_windows(self.k_BSKD, self.segments_BS, pooling)
+    return keys_BWKD.astype(self.k_BSKD.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,9 @@ def select_blocks(problem: Problem, rules: Rules) -> jax.Array:
   seen_BTW = (last_W[None] <= position_T[:, None])[None] & same_BTW
 
   # Probabilities of windows, summed over the heads of a group.
-  keys_BWKD = _einsum_f32("bws,bskd->bwkd", share_BWS, problem.k_BSKD)
+  keys_BWKD = problem.window_keys_BWKD
+  if keys_BWKD is None or keys_BWKD.shape[1] == 0:
+    keys_BWKD = _einsum_f32("bws,bskd->bwkd", share_BWS, problem.k_BSKD)
   q_BTKGD = problem.q_BTHD.reshape(b, t, k, h // k, -1)
   logits_BTKGW = rules.scale * _einsum_f32("btkgd,bwkd->btkgw", q_BTKGD, keys_BWKD)
   logits_BTKGW = jnp.where(seen_BTW[:, :, None, None], logits_BTKGW, -jnp.inf)
@@ -39,7 +41,7 @@ def select_blocks(problem: Problem, rules: Rules) -> jax.Array:
   lse_BTKG1 = jnp.where(jnp.isneginf(lse_BTKG1), 0.0, lse_BTKG1)
   window_BTKW = jnp.exp(logits_BTKGW - lse_BTKG1).sum(-2)
 
-  # Blocks: the largest of their windows.
+  # Blocks: the largest of their windows, or their weighted sum.
   block_N = jnp.arange(n)
   begin_N = block_N * (rules.block_size // pooling.stride) + pooling.first
   window_W = jnp.arange(w)
@@ -47,7 +49,12 @@ def select_blocks(problem: Problem, rules: Rules) -> jax.Array:
     window_W[None] < begin_N[:, None] + pooling.count
   )
   of_block_111NW = of_block_NW[None, None, None]
-  score_BTKN = jnp.where(of_block_111NW, window_BTKW[..., None, :], 0.0).max(-1)
+  if pooling.weights is None:
+    score_BTKN = jnp.where(of_block_111NW, window_BTKW[..., None, :], 0.0).max(-1)
+  else:
+    place_NW = jnp.clip(window_W[None] - begin_N[:, None], 0, pooling.count - 1)
+    weight_NW = jnp.where(of_block_NW, jnp.asarray(pooling.weights)[place_NW], 0)
+    score_BTKN = _einsum_f32("btkw,nw->btkn", window_BTKW, weight_NW)
 
   own_T1 = (position_T // rules.block_size)[:, None]
   last_N = jnp.minimum((block_N + 1) * rules.block_size, s) - 1

@@ -20,9 +20,8 @@ def choose(
 ) -> list[jax.Array]:
   """The best blocks of every span, [B, T, K, slots], -1 behind them."""
   b, t, h, _ = problem.q_BTHD.shape
-  k_BSKD, segments = problem.k_BSKD, problem.segments_BS
-  keys_BWKD = poolings.mean_windows(k_BSKD, segments, rules.pooling).astype(k_BSKD.dtype)
-  num_blocks = -(-k_BSKD.shape[1] // rules.block_size)
+  keys_BWKD = problem.keys_of_windows(rules.pooling)
+  num_blocks = -(-problem.k_BSKD.shape[1] // rules.block_size)
   size = max(1, min(t, SCORE_ELEMENTS // (b * h * max(1, keys_BWKD.shape[1]))))
 
   def stripe(part):
@@ -42,7 +41,7 @@ def choose(
 
 
 def scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks):
-  """Scores of blocks: the largest of their windows' probabilities, added up over heads."""
+  """Scores of blocks from their windows' probabilities, which are added up over heads."""
   b, c, h, d = q_BCHD.shape
   w, k = keys_BWKD.shape[1:3]
   if w == 0:
@@ -61,9 +60,8 @@ def scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks):
   weights_BCKGW = jnp.exp(logits_BCKGW - largest_BCKG1)
   total_BCKG1 = jnp.maximum(weights_BCKGW.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
   window_BCKW = (weights_BCKGW / total_BCKG1).sum(-2)
-  return poolings.largest_of_windows(
-    window_BCKW, rules.pooling, rules.block_size // rules.pooling.stride, num_blocks, 0.0
-  )
+  per_block = rules.block_size // rules.pooling.stride
+  return poolings.scores_of_blocks(window_BCKW, rules.pooling, per_block, num_blocks)
 
 
 def _best(score_BCKN, begin_BC, end_BC, wanted_BC, slots):

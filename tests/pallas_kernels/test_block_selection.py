@@ -64,6 +64,7 @@ def expected_lists(
   pooling=None,
   key_score=None,
   num_by_query=None,
+  window_keys=None,
 ):
   """Lists by one query, one head and one block at a time."""
   q, k = np.float64(q), np.float64(k)
@@ -105,14 +106,27 @@ def expected_lists(
       for head in range(num_kv):
         sums = dict.fromkeys(windows, 0.0)
         for q_head in range(head * group, (head + 1) * group):
-          exponentials = {
-            j: np.exp(q[row, query, q_head] @ k[row, keys, head].mean(0) * d**-0.5)
+          compared = {
+            j: k[row, keys, head].mean(0)
+            if window_keys is None
+            else np.float64(window_keys[row, j, head])
             for j, keys in windows.items()
+          }
+          exponentials = {
+            j: np.exp(q[row, query, q_head] @ key * d**-0.5) for j, key in compared.items()
           }
           total = sum(exponentials.values())
           for j, value in exponentials.items():
             sums[j] += value / total
         by_query = {n: max((sums[j] for j in of_block[n]), default=0.0) for n in visible}
+        if pooling is not None and pooling.weights is not None:
+          by_query = {
+            n: sum(
+              weight * sums.get(n * block_size // stride + first + i, 0.0)
+              for i, weight in enumerate(pooling.weights)
+            )
+            for n in visible
+          }
         ranked = sorted(visible, key=lambda n: (n not in forced, -by_query[n], n))
         chosen = ranked[: num_blocks if num_by_query is None else num_by_query]
         if key_score is not None:
@@ -161,6 +175,9 @@ OPTIONS = {
   "windows": (8, dict(num_blocks=4, num_local=2, pooling=poolings.infllm_v2(8))),
   "windows_as_printed": (8, dict(num_blocks=4, pooling=poolings.Pooling(4, 2, 0, 5))),
   "windows_of_several_blocks": (4, dict(num_blocks=4, pooling=poolings.Pooling(12, 2, -1, 3))),
+  "nsa": (8, dict(num_blocks=4, num_initial=1, pooling=poolings.nsa_windows(8, 4, 2))),
+  "nsa_long_windows": (4, dict(num_blocks=4, pooling=poolings.nsa_windows(4, 12, 2))),
+  "nsa_whole_blocks": (8, dict(num_blocks=4, pooling=poolings.nsa_windows(8, 8, 8))),
   "key_scores": (8, dict(num_blocks=5, num_by_query=2)),
   "nosa": (
     8,
@@ -200,6 +217,89 @@ def test_every_option_matches_the_definition(case, implementation, with_document
   )
   assert as_sets(lists) == as_sets(expected)
   assert all(len(x) == (y >= 0).sum() for x, y in zip(as_sets(lists), flat(lists), strict=True))
+
+
+def test_windows_weigh_as_many_strides_as_they_share_with_the_block():
+  """NSA's equation 9, counting from 1 as the paper does: sum over m < l'/d and n < l/d of
+  window l'/d j - m - n."""
+  for block_size, size, stride in (
+    (64, 32, 16),
+    (16, 32, 16),
+    (8, 12, 4),
+    (8, 8, 8),
+    (4, 4, 1),
+  ):
+    pooling = poolings.nsa_windows(block_size, size, stride)
+    per_block = block_size // stride
+    counted = {}
+    for m in range(per_block):
+      for n in range(size // stride):
+        counted[per_block * 1 - m - n] = counted.get(per_block * 1 - m - n, 0) + 1
+    weights = pooling.weights or (1,)
+    # Window i of the paper is window i - 1 here, and its first block is block 0.
+    ours = {pooling.first + i + 1: weight for i, weight in enumerate(weights)}
+    assert (ours if pooling.weights else {1: 1}) == counted
+    assert pooling.count == len(weights)
+
+
+@pytest.mark.parametrize("with_documents", [False, True], ids=["one_document", "documents"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["nsa", "nsa_whole_blocks"])
+def test_keys_of_windows_may_be_given(name, implementation, with_documents):
+  block_size, options = OPTIONS[name]
+  options = options | dict(num_blocks=3)
+  b, t, h, k, d = 2, 77, 4, 2, 8
+  q, keys = make_problem(b, t, h, k, d, seed=3)
+  segments = documents(b, t, seed=5) // 7 if with_documents else None
+  shape = b, options["pooling"].num_windows(t), k, d
+  window_keys = jax.random.normal(jax.random.key(8), shape)
+  lists = select_blocks(
+    q,
+    keys,
+    block_size=block_size,
+    segments_BS=None if segments is None else jnp.asarray(segments),
+    window_keys_BWKD=window_keys,
+    implementation=implementation,
+    **options,
+  )
+  arguments = dict(segments=segments, **options)
+  expected = expected_lists(q, keys, block_size, window_keys=window_keys, **arguments)
+  assert as_sets(lists) == as_sets(expected)
+  assert as_sets(lists) != as_sets(expected_lists(q, keys, block_size, **arguments))
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (
+      dict(window_keys_BWKD=jnp.ones((1, 3, 1, 4))),
+      r"must be \(1, 4, 1, 4\), got \(1, 3, 1, 4",
+    ),
+    (
+      dict(pooling=poolings.Pooling(8, 8, 0, 2, (1,))),
+      "1 weights for 2 windows of a block",
+    ),
+    (
+      dict(
+        pooling=poolings.nsa_windows(8, 8, 4),
+        key_score_BSK=jnp.ones((1, 32, 1)),
+        num_by_query=1,
+      ),
+      "scores of keys go with the largest of mean windows alone",
+    ),
+  ],
+)
+def test_windows_that_do_not_fit_are_refused(options, message):
+  q, keys = make_problem(1, 32, 2, 1, 4)
+  with pytest.raises(ValueError, match=message):
+    pallas_kernels.select_blocks(q, keys, block_size=8, num_blocks=2, **options)
+
+
+def test_windows_have_whole_strides():
+  with pytest.raises(
+    ValueError, match="stride=4 does not divide windows of 10 and blocks of 8"
+  ):
+    poolings.nsa_windows(8, 10, 4)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

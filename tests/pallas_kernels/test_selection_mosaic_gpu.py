@@ -21,7 +21,9 @@ from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.problem import Problem, Rules
 
 
-def make(b, t, h, k, d, block_size, m, *, offset=0, segments=None, seed=0, **rules):
+def make(
+  b, t, h, k, d, block_size, m, *, offset=0, segments=None, given=False, seed=0, **rules
+):
   keys = jax.random.split(jax.random.key(seed), 2)
   q = jax.random.normal(keys[0], (b, t, h, d)).astype(jnp.bfloat16)
   k = jax.random.normal(keys[1], (b, t + offset, k, d)).astype(jnp.bfloat16)
@@ -38,7 +40,12 @@ def make(b, t, h, k, d, block_size, m, *, offset=0, segments=None, seed=0, **rul
     rule="exact",
     scale=d**-0.5,
   )
-  return Problem(q, k, jnp.int32(offset), segments, None), Rules(**options | rules)
+  rules = Rules(**options | rules)
+  window_keys = None
+  if given:
+    shape = b, rules.pooling.num_windows(t + offset), *k.shape[2:]
+    window_keys = jax.random.normal(jax.random.key(seed + 1), shape)
+  return Problem(q, k, jnp.int32(offset), segments, None, window_keys), rules
 
 
 def later(*case, **extras):
@@ -64,6 +71,7 @@ INTERPRETED = {  # the problem, and how the kernel is laid out
     dict(segment=128, stages=2, pairs=1),
   ),
   "half_local": (later(1, 70, 2, 1, 128, 8, 4, rule="half_local"), {}),
+  "keys_of_windows": (later(1, 70, 2, 1, 64, 8, 4, num_initial=1, given=True), {}),
 }
 
 
@@ -121,6 +129,7 @@ def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, m, rules):
     ((1, 16, 33, 1, 64, 8, 2), {}, "up to 32 query heads per key head, not 33"),
     ((1, 16, 2, 1, 64, 8, 2), dict(pooling=poolings.Pooling(2, 1, 0, 9)), "up to 8 windows"),
     ((1, 16, 2, 1, 64, 8, 2), dict(pooling=poolings.Pooling(4, 4, 0, 1)), "reach the end"),
+    ((1, 16, 2, 1, 64, 8, 2), dict(pooling=poolings.nsa_windows(8, 8, 4)), "not their sum"),
     ((1, 16, 16, 1, 64, 8, 512), {}, "no room in shared memory for num_blocks=512"),
   ],
 )
