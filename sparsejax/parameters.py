@@ -13,11 +13,15 @@ from sparsejax import model, sharding
 def init(transformer: model.Transformer, rng: jax.Array) -> dict:
   """New parameters, each boxed with its logical axes (see `abstract_of`).
 
-  They are the same whatever attention runs on.
+  They are the same whatever attention runs on, and however it selects.
   """
-  # One row cannot be divided over a mesh, and kernels refuse one that is not.
+  # One row cannot be divided over a mesh, and kernels refuse one that is not. It has one
+  # block, of which `half_local` could take no half.
   options = dataclasses.replace(
-    transformer.options, full_implementation="xla", sparse_implementation="xla"
+    transformer.options,
+    full_implementation="xla",
+    sparse_implementation="xla",
+    selection="exact",
   )
   ids = jnp.zeros((1, options.block_size), jnp.int32)
   return transformer.clone(options=options).init(rng, ids, ids, ids + 1)["params"]

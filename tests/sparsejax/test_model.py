@@ -85,14 +85,20 @@ def test_the_attention_policy_keeps_the_residuals_of_attention():
 
 
 def test_all_methods_share_their_parameters():
-  """One checkpoint can be trained one way and evaluated in others."""
-  shapes = [
-    jax.eval_shape(
-      functools.partial(small.make_params, small.make_model(attention__method=method))
+  """One checkpoint can be trained one way and evaluated in others.
+
+  What a method has of its own is in one place beside them.
+  """
+  for method in attention.METHODS:
+    shapes, full = (
+      jax.eval_shape(
+        functools.partial(small.make_params, small.make_model(attention__method=name))
+      )
+      for name in (method, "full")
     )
-    for method in attention.METHODS
-  ]
-  assert all(shape == shapes[0] for shape in shapes)
+    own = shapes["layers"]["self_attn"].pop("sparse", {})
+    assert shapes == full
+    assert bool(own) == (method == "nsa")
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -195,6 +201,15 @@ def test_parameters_are_made_whatever_attention_runs_on():
     small.make_params(strict),
     small.make_params(small.make_model()),
   )
+
+
+def test_half_local_selection_runs():
+  """Parameters are made with rows of one block, which has no half."""
+  transformer = small.make_model(attention__selection="half_local", attention__num_blocks=4)
+  batch, params = small.make_batch(), small.make_params(transformer, scale=4.0)
+  exact = small.make_model(attention__num_blocks=4)
+  hidden = [run(t, params, batch, "sparse").hidden_BTE for t in (transformer, exact)]
+  assert jnp.abs(hidden[0] - hidden[1]).max() > 1e-3
 
 
 def test_weights_are_divided_as_the_rules_say():
