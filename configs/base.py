@@ -60,6 +60,15 @@ def get_config() -> ml_collections.ConfigDict:
     align_after_gate=True,  # as the released code; False is the paper's Algorithm 1
     coin="step",  # step: one toss for all layers | layer: one toss per layer
   )
+  c.nsa = dict(  # read by method="nsa" only; blocks are attention.block_size and num_blocks
+    compression="mlp",  # what makes keys one: mlp (learned, the paper's) | mean
+    compress_length=32,  # keys that are made one, the paper's l
+    compress_stride=16,  # keys from one such window to the next, its d
+    num_initial=1,  # selected blocks that are forced: the first of the document,
+    num_local=2,  # and the last, the query's own among them
+    window=512,  # keys a query reads of the sliding window, its own included
+    kv="separate",  # separate: keys and values of its own per branch (the paper) | shared
+  )
   c.loss = dict(
     z_loss_weight=0.0,  # weight of the squared log-normaliser of the logits
     ignore_first_tokens=True,  # do not predict the first token of a document

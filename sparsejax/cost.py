@@ -55,7 +55,7 @@ def train_flops_per_token(
   Matrix products count two per multiply-add and three passes (forward, and two products in
   the backward pass); what is recomputed to save memory does not count. Attention counts the
   keys that are read under the causal mask, the block lists and the window, of both streams for
-  SSA, and the scores of pooled keys, forward only.
+  SSA and of all branches for NSA, and the scores of pooled keys, forward only.
   """
   per_layer = 0.0
   if options.method in ("full", "ssa"):
@@ -96,6 +96,15 @@ def mean_keys_window(sequence_length: int, window: int) -> float:
   return window - missing / sequence_length
 
 
+def mean_windows(sequence_length: int, size: int, stride: int) -> float:
+  """Complete windows that a query sees under the causal mask, averaged over a row."""
+  num_windows = max(0, (sequence_length - size) // stride + 1)
+  # Each is seen from its last token on.
+  seen = num_windows * (sequence_length - size + 1)
+  seen -= stride * num_windows * (num_windows - 1) / 2
+  return seen / sequence_length
+
+
 def _moba(shape: model.Shape, options: method.Options, sequence_length: int) -> float:
   read = 3 * _attention(shape, mean_keys_sparse(sequence_length, options))
   num_scores = mean_keys_full(sequence_length) / options.block_size
@@ -106,8 +115,25 @@ def _sliding_window(shape: model.Shape, options: method.Options, sequence_length
   return 3 * _attention(shape, mean_keys_window(sequence_length, options.window))
 
 
-# Operations of a sparse stream per token and layer, forward and backward.
-_SPARSE = {"moba": _moba, "sliding_window": _sliding_window}
+def _nsa(shape: model.Shape, options: method.Options, sequence_length: int) -> float:
+  nsa, size, stride = options.nsa, options.nsa.compress_length, options.nsa.compress_stride
+  num_windows = mean_windows(sequence_length, size, stride)
+  num_keys = mean_keys_sparse(sequence_length, options)
+  num_keys += num_windows + mean_keys_window(sequence_length, nsa.window)
+  read = 3 * _attention(shape, num_keys) + _attention(shape, num_windows) / 2
+  weights = 3 * shape.hidden_size * shape.num_attention_heads
+  width = shape.num_key_value_heads * shape.head_dim
+  if nsa.kv == "separate":
+    weights += 4 * shape.hidden_size * width
+  if nsa.compression == "mlp":
+    windows_per_token = max(0, (sequence_length - size) // stride + 1) / sequence_length
+    weights += 2 * width * (size + 1) * shape.head_dim * windows_per_token
+  return read + 3 * 2.0 * weights
+
+
+# Operations of a sparse stream per token and layer, forward and backward, and of the matrix
+# products that it has more than other methods.
+_SPARSE = {"moba": _moba, "nsa": _nsa, "sliding_window": _sliding_window}
 
 
 def _matrices(shape: model.Shape) -> float:

@@ -24,6 +24,7 @@ def make_config(**changes):
     head_dim=8,
   )
   c.attention.update(block_size=8, num_blocks=3, window=12)
+  c.nsa.update(compress_length=8, compress_stride=4, num_local=1, window=12)
   c.loss.chunk_length = 24
   c.data.update(sequence_length=64, batch_size=8)
   c.optimizer.update(warmup_steps=2)

@@ -1,18 +1,35 @@
 """Attention methods. A method joins by one file and one entry of `METHODS`."""
 
+from flax import linen as nn
+
 from sparsejax.attention.full import Full
-from sparsejax.attention.method import Options, SsaOptions
+from sparsejax.attention.method import NsaOptions, Options, SsaOptions
 from sparsejax.attention.moba import Moba
+from sparsejax.attention.nsa import Nsa
 from sparsejax.attention.sliding_window import SlidingWindow
 from sparsejax.attention.ssa import Ssa
 
-__all__ = ["METHODS", "SPARSE_METHODS", "Options", "SsaOptions", "make_method", "sparse_name"]
+__all__ = [
+  "METHODS",
+  "SPARSE_METHODS",
+  "NsaOptions",
+  "Options",
+  "SsaOptions",
+  "make_method",
+  "sparse_name",
+]
 
-METHODS = {"full": Full, "moba": Moba, "sliding_window": SlidingWindow, "ssa": Ssa}
+METHODS = {
+  "full": Full,
+  "moba": Moba,
+  "nsa": Nsa,
+  "sliding_window": SlidingWindow,
+  "ssa": Ssa,
+}
 
 # Methods with a sparse stream of their own (a `method.SparseMethod` each); the others run one
 # of these when run sparse.
-SPARSE_METHODS = ("moba", "sliding_window")
+SPARSE_METHODS = ("moba", "nsa", "sliding_window")
 
 
 def sparse_name(options: Options) -> str:
@@ -20,13 +37,15 @@ def sparse_name(options: Options) -> str:
   return options.method if options.method in SPARSE_METHODS else options.sparse_method
 
 
-def make_method(options: Options):
+def make_method(options: Options, kernel_init: nn.initializers.Initializer):
   """The linen module of a method, to be called within a layer's compact method.
+
+  Its own matrices begin as `kernel_init` makes them.
 
   A sparse method is always the layer's submodule `sparse`, alone or inside another method,
   so that its parameters have one place whatever the training.
   """
-  sparse = METHODS[sparse_name(options)](options, name="sparse")
+  sparse = METHODS[sparse_name(options)](options, kernel_init, name="sparse")
   if options.method in SPARSE_METHODS:
     return sparse
   return METHODS[options.method](options, sparse, name="method")

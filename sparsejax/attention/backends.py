@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from sparsejax import attention, errors
-from sparsejax.attention import method
+from sparsejax.attention import compression, method
 
 
 def choose(
@@ -74,6 +74,12 @@ class _Questions:
         ("sparse_implementation", self.block_selection),
         ("sparse_implementation", self.block_sparse_attention),
       ],
+      "nsa": [
+        ("full_implementation", lambda: compression.choose(self._options.full_backend)),
+        ("sparse_implementation", self.nsa_selection),
+        ("sparse_implementation", self.block_sparse_attention),
+        ("full_implementation", lambda: self.sliding_window(self._options.nsa.window)),
+      ],
       "sliding_window": [
         ("full_implementation", lambda: self.sliding_window(self._options.window)),
       ],
@@ -105,6 +111,19 @@ class _Questions:
       num_blocks=self._blocks_BTKM.shape[-1],
       rule=self._options.selection,
       implementation=self._options.selection_backend,
+    )
+
+  def nsa_selection(self) -> pallas_kernels.Choice:
+    options = self._options
+    q_BTHD, k_BTKD, _ = self._qkv
+    return pallas_kernels.choose_block_selection(
+      q_BTHD,
+      k_BTKD,
+      block_size=options.block_size,
+      num_blocks=self._blocks_BTKM.shape[-1],
+      rule=options.selection,
+      pooling=options.nsa.pooling(options.block_size),
+      implementation=options.selection_backend,
     )
 
   def block_sparse_attention(self) -> pallas_kernels.Choice:

@@ -6,25 +6,7 @@ import jax.numpy as jnp
 
 from sparsejax import sharding
 from sparsejax.attention import make_method, method, rotary
-
-
-class Product(nn.Module):
-  """A product with one weight, `kernel`, that carries the logical axes it was given.
-
-  `nn.DenseGeneral` would do, but constrains its kernel under the wrong rank in a mesh.
-  """
-
-  equation: str
-  shape: tuple[int, ...]
-  axes: tuple[str, ...]
-  kernel_init: nn.initializers.Initializer
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x):
-    init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-    kernel = self.param("kernel", init, self.shape)
-    return jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+from sparsejax.attention.product import Product
 
 
 class Attention(nn.Module):
@@ -56,8 +38,8 @@ class Attention(nn.Module):
     v_BTKD = sharding.constrain(v_BTKD, "batch", "length", "kv_heads", None)
 
     gate_BTH = self._gate(x_BTE)
-    tokens = method.Tokens(segments_BT, gate_BTH, use_full)
-    attend = make_method(self.options)
+    tokens = method.Tokens(segments_BT, gate_BTH, use_full, x_BTE, angles_BTD)
+    attend = make_method(self.options, self.kernel_init)
     attended = attend(q_BTHD, k_BTKD, v_BTKD, tokens, stream)
     out_BTHD = attended.out_BTHD
     if gate_BTH is not None:

@@ -21,6 +21,7 @@ from flax import linen as nn
 import flax.struct
 import jax
 
+import pallas_kernels
 from sparsejax import sharding
 
 type Stream = Literal["train", "full", "sparse"]
@@ -41,11 +42,15 @@ class Tokens:
     segments_BT: document of each token, from 1; 0 is padding.
     gate_BTH: factor that the layer will put on the method's output; None is 1.
     use_full: scalar bool, whether SSA's main stream is the full one.
+    inputs_BTE: normed input of the layer, for methods with projections of their own.
+    angles_BTD: by which to turn the keys of those [B, T, D // 2] (see `rotary.rotate`).
   """
 
   segments_BT: jax.Array
   gate_BTH: jax.Array | None
   use_full: jax.Array
+  inputs_BTE: jax.Array | None = None
+  angles_BTD: jax.Array | None = None
 
 
 class Attended(NamedTuple):
@@ -76,7 +81,7 @@ class Options:
     kernels: `auto`, or `strict` where an operation must run on a GPU kernel or fail.
     full_implementation, sparse_implementation: `auto` for what `kernels` says, or a backend
       by name.
-    ssa: settings of SSA.
+    ssa, nsa: settings of SSA and of NSA.
     max_documents: documents that a row may hold; cuDNN's packed form needs to know.
   """
 
@@ -92,6 +97,7 @@ class Options:
   full_implementation: str
   sparse_implementation: str
   ssa: "SsaOptions"
+  nsa: "NsaOptions"
   max_documents: int
 
   @property
@@ -148,10 +154,39 @@ class SsaOptions:
   coin: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NsaOptions:
+  """Settings of NSA; the keys and defaults of `nsa` in configs/base.py.
+
+  Attributes:
+    compression: `mlp` or `mean`: what makes the keys of a window one.
+    compress_length, compress_stride: keys of a window, the paper's l, and from one to the
+      next, its d.
+    num_initial, num_local: selected blocks that are forced: the first of the document, and the
+      last, the query's own among them.
+    window: keys a query reads of the sliding window, its own included.
+    kv: `separate` or `shared`: whether branches have keys and values of their own.
+  """
+
+  compression: str
+  compress_length: int
+  compress_stride: int
+  num_initial: int
+  num_local: int
+  window: int
+  kv: str
+
+  def pooling(self, block_size: int) -> pallas_kernels.Pooling:
+    """How windows speak for a block of the selection."""
+    return pallas_kernels.nsa_windows(block_size, self.compress_length, self.compress_stride)
+
+
 class SparseMethod(nn.Module):
   """A method with a sparse stream of its own: an entry of `SPARSE_METHODS`."""
 
   options: Options
+  # Of matrices that are the method's own.
+  kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
   def both(self, q_BTHD, k_BTKD, v_BTKD, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     """Outputs of the full and of the sparse stream, [B, T, H, D], for SSA to compare."""

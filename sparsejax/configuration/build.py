@@ -37,6 +37,7 @@ def make_model(config: ml_collections.ConfigDict, *, max_documents: int) -> mode
   options = attention.Options(
     **config.attention.to_dict(),
     ssa=attention.SsaOptions(**config.ssa.to_dict()),
+    nsa=attention.NsaOptions(**config.nsa.to_dict()),
     max_documents=max_documents,
   )
   return model.Transformer(shape, options)

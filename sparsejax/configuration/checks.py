@@ -20,6 +20,8 @@ CHOICES = {
   "ssa.align_loss": ("smooth_l1", "l2"),
   "ssa.align_direction": ("both", "full_follows_sparse", "sparse_follows_full"),
   "ssa.coin": ("step", "layer"),
+  "nsa.compression": ("mlp", "mean"),
+  "nsa.kv": ("separate", "shared"),
   "optimizer.schedule": tuple(optimizer.SCHEDULES),
 }
 
@@ -37,6 +39,10 @@ AT_LEAST_ONE = (
   "attention.block_size",
   "attention.num_blocks",
   "attention.window",
+  "nsa.compress_length",
+  "nsa.compress_stride",
+  "nsa.num_local",
+  "nsa.window",
   "loss.chunk_length",
   "data.sequence_length",
   "data.batch_size",
@@ -59,6 +65,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     *_single_keys(config),
     *_model(config),
     *_attention(config),
+    *_nsa(config),
     *_training(config),
   ]
   if problems:
@@ -119,6 +126,39 @@ def _attention(config) -> Iterator[str]:
           f"attention.kernels='strict' forbids {key}={_get(config, key)!r}, which is no GPU "
           f"kernel; set {key} to 'auto', or attention.kernels."
         )
+
+
+def _nsa(config) -> Iterator[str]:
+  attention_, nsa = config.attention, config.nsa
+  sparse = attention_.sparse_method
+  if attention_.method == "full" and sparse == "nsa":
+    yield (
+      "attention.sparse_method='nsa' has weights that attention.method='full' does not train; "
+      "take 'moba', or attention.method='nsa'."
+    )
+  if "nsa" not in (attention_.method, sparse):
+    return
+  stride = nsa.compress_stride
+  for key, size in (
+    ("nsa.compress_length", nsa.compress_length),
+    ("attention.block_size", attention_.block_size),
+  ):
+    if stride >= 1 and size % stride:
+      yield f"{key}={size} is not a multiple of nsa.compress_stride={stride}; take one."
+  if nsa.num_initial < 0:
+    yield f"nsa.num_initial={nsa.num_initial} must be at least 0."
+  forced = nsa.num_initial + nsa.num_local
+  if forced > attention_.num_blocks:
+    yield (
+      f"nsa.num_initial={nsa.num_initial} and nsa.num_local={nsa.num_local} force {forced} "
+      f"blocks, more than attention.num_blocks={attention_.num_blocks}; take at least {forced} "
+      "blocks, or force fewer."
+    )
+  if attention_.selection == "half_local" and (nsa.num_initial, nsa.num_local) != (0, 1):
+    yield (
+      f"attention.selection='half_local' forces the query's own block alone; with NSA take "
+      f"nsa.num_initial=0 and nsa.num_local=1, not {nsa.num_initial} and {nsa.num_local}."
+    )
 
 
 def _training(config) -> Iterator[str]:

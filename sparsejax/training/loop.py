@@ -349,6 +349,12 @@ def describe(
   reads = f"{options.num_blocks} blocks of {options.block_size} keys (budget {options.budget})"
   if options.method == "sliding_window":
     reads = f"window of {options.window} keys"
+  if options.method == "nsa":
+    nsa = options.nsa
+    reads += (
+      f", windows of {nsa.compress_length} keys made one every {nsa.compress_stride}, the last "
+      f"{nsa.window} keys"
+    )
   yield (
     f"attention: {options.method}, {reads}, documents separate in "
     f"{separate[options.document_mask]}"

@@ -37,6 +37,34 @@ def test_keys_read_of_a_window(window):
   np.testing.assert_allclose(cost.mean_keys_window(64, window), expected)
 
 
+@pytest.mark.parametrize(("size", "stride"), [(8, 4), (12, 4), (8, 8), (80, 8)])
+def test_windows_seen(size, stride):
+  expected = np.mean(
+    [sum(start + size - 1 <= t for start in range(0, 64, stride)) for t in range(64)]
+  )
+  np.testing.assert_allclose(cost.mean_windows(64, size, stride), expected)
+
+
+@pytest.mark.parametrize("kv", ["separate", "shared"])
+@pytest.mark.parametrize("compression", ["mlp", "mean"])
+def test_nsa_costs_its_branches_and_six_per_weight_of_its_own(kv, compression):
+  transformer = small.make_model(
+    attention__method="nsa", nsa__kv=kv, nsa__compression=compression
+  )
+  own = small.make_params(transformer)["layers"]["self_attn"]["sparse"]
+  # The weights of the compression see one token in four, less what the row's end cuts off.
+  compress = [own.pop(name) for name in ("k_compress", "v_compress") if name in own]
+  uses = cost.num_parameters(own)
+  uses += sum(cost.num_parameters([x["up"], x["down"]]) for x in compress) * 15 / 64
+  matrices = cost.dense_flops_per_token(transformer.shape, 1) - 2 * 12 * 4 * 8
+  windows = cost.mean_windows(64, 8, 4)
+  keys = np.mean(list(read_keys(64, 8, 3))) + windows + cost.mean_keys_window(64, 12)
+  # Both layers; scores of the selection are products with keys alone, forward only.
+  expected = matrices + 6 * uses + 2 * 4 * 8 * (12 * keys + 2 * windows)
+  actual = cost.train_flops_per_token(transformer.shape, transformer.options, 64)
+  assert actual == pytest.approx(expected)
+
+
 def test_matrices_cost_six_per_parameter_and_token():
   """The rule of thumb: 6 N, N without the embedding table but with the unembedding."""
   transformer = small.make_model(attention__method="full")

@@ -29,6 +29,7 @@ def test_every_operation_of_both_streams_is_there_once(method):
   own = dict(
     full=blocks,
     moba=blocks,
+    nsa=["compressed_attention", *blocks, "sliding_window_attention"],
     sliding_window=["sliding_window_attention"],
     ssa=[*blocks, "dual_path_attention"],
   )
@@ -108,6 +109,31 @@ def test_the_key_that_asked_is_the_one_that_is_named():
   assert full.startswith("attention.kernels='strict': no GPU kernel can run full_attention")
   assert selection.startswith("attention.kernels='strict': no GPU kernel can run block_selec")
   assert sparse.startswith("attention.sparse_implementation='triton' cannot run: triton needs")
+
+
+def test_nsa_has_operations_without_kernels(monkeypatch):
+  """A Hopper selects on its kernel where windows are the blocks; `strict` is refused."""
+  monkeypatch.setattr("pallas_kernels.devices.why_not_hopper", lambda: None)
+  said = {}
+  for length in (16, 8):
+    options = small.make_model(
+      attention__method="nsa",
+      attention__block_size=16,
+      nsa__compress_length=length,
+      nsa__compress_stride=length,
+    ).options
+    _, compressed, selection, *_ = map(str, backends.choose(options, **SHAPE))
+    assert compressed == "compressed_attention: xla (it has no GPU kernel)"
+    said[length] = selection
+  assert said == {
+    16: "block_selection: mosaic_gpu (the first choice)",
+    8: "block_selection: xla (mosaic_gpu takes the largest of a block's windows, not their "
+    "sum)",
+  }
+  with pytest.raises(
+    errors.ConfigError, match=r"no GPU kernel can run compressed_attention \(it has no GPU"
+  ):
+    choose(method="nsa", kernels="strict")
 
 
 @pytest.mark.parametrize(

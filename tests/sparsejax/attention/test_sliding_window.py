@@ -55,15 +55,16 @@ def test_it_can_be_the_sparse_side_of_ssa():
   params = small.make_params(both, scale=4.0)
 
   def run(transformer, stream, use_full):
-    use_full_L = jnp.full((2,), use_full)
-    return transformer.apply(
-      {"params": params},
-      batch.inputs,
-      batch.positions,
-      batch.segments,
-      stream=stream,
-      use_full_L=use_full_L,
-    )
+    return jax.jit(
+      lambda params: transformer.apply(
+        {"params": params},
+        batch.inputs,
+        batch.positions,
+        batch.segments,
+        stream=stream,
+        use_full_L=jnp.full((2,), use_full),
+      )
+    )(params)
 
   for coin, stream in zip(coins, ("full", "sparse"), strict=True):
     trained = run(both, "train", coin)

@@ -93,6 +93,33 @@ def test_sizes_begin_at_one(key):
       "attention.num_blocks=3 is odd; selection='half_local' takes half of the blocks near by "
       "and half from afar, so take an even number.",
     ),
+    (
+      ["attention.method=full", "attention.sparse_method=nsa"],
+      "attention.sparse_method='nsa' has weights that attention.method='full' does not train; "
+      "take 'moba', or attention.method='nsa'.",
+    ),
+    (
+      ["attention.method=nsa", "nsa.compress_length=24"],
+      "nsa.compress_length=24 is not a multiple of nsa.compress_stride=16; take one.",
+    ),
+    (
+      ["attention.sparse_method=nsa", "nsa.compress_stride=32"],
+      "attention.block_size=16 is not a multiple of nsa.compress_stride=32; take one.",
+    ),
+    (
+      ["attention.method=nsa", "nsa.num_initial=-1"],
+      "nsa.num_initial=-1 must be at least 0.",
+    ),
+    (
+      ["attention.method=nsa", "nsa.num_local=4"],
+      "nsa.num_initial=1 and nsa.num_local=4 force 5 blocks, more than attention.num_blocks=4; "
+      "take at least 5 blocks, or force fewer.",
+    ),
+    (
+      ["attention.method=nsa", "attention.selection=half_local", "nsa.num_local=1"],
+      "attention.selection='half_local' forces the query's own block alone; with NSA take "
+      "nsa.num_initial=0 and nsa.num_local=1, not 1 and 1.",
+    ),
     *(
       (
         ["attention.kernels=strict", f"{key}={name}"],
@@ -168,6 +195,17 @@ def test_a_contradiction_names_values_limits_and_remedy(assignments, message):
     ["attention.num_blocks=16"],
     ["attention.num_blocks=1"],
     ["attention.selection=exact", "attention.num_blocks=3"],
+    ["attention.method=nsa"],
+    ["attention.method=nsa", "nsa.num_local=3"],
+    ["attention.method=nsa", "nsa.compress_length=16"],
+    [
+      "attention.method=nsa",
+      "attention.selection=half_local",
+      "nsa.num_initial=0",
+      "nsa.num_local=1",
+    ],
+    ["attention.sparse_method=nsa"],
+    ["attention.method=moba", "nsa.num_local=9"],
     ["attention.kernels=strict", "attention.full_implementation=cudnn"],
     ["attention.kernels=strict", "attention.sparse_implementation=triton"],
     ["attention.kernels=strict", "attention.sparse_implementation=mosaic_gpu"],
