@@ -38,6 +38,10 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.attention = dict(
     method="full",  # a key of sparsejax.attention.METHODS: what training runs
+    # Methods of single layers in place of `method`: one per layer, or a period that divides
+    # their number, as ("sliding_window", "sliding_window", "full"). A layer that is `full` by
+    # these stays so under sparse inference. (): all layers run `method`.
+    layer_methods=(),
     sparse_method="moba",  # the sparse side of `ssa`, and of `full` when run sparse
     block_size=16,  # keys per block
     num_blocks=16,  # blocks a query reads, its own included

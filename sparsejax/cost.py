@@ -57,13 +57,20 @@ def train_flops_per_token(
   keys that are read under the causal mask, the block lists and the window, of both streams for
   SSA and of all branches for NSA, and the scores of pooled keys, forward only.
   """
-  per_layer = 0.0
+  layers = [options.of_layer(place) for place in range(len(options.pattern))]
+  per_period = sum(_layer(shape, own, sequence_length) for own in layers)
+  return 3 * _matrices(shape) + shape.num_hidden_layers / len(layers) * per_period
+
+
+def _layer(shape: model.Shape, options: method.Options, sequence_length: int) -> float:
+  """Operations of one layer's attention per token, forward and backward."""
+  total = 0.0
   if options.method in ("full", "ssa"):
-    per_layer += 3 * _attention(shape, mean_keys_full(sequence_length))
+    total += 3 * _attention(shape, mean_keys_full(sequence_length))
   if options.method != "full":
     sparse = _SPARSE[attention.sparse_name(options)]
-    per_layer += sparse(shape, options, sequence_length)
-  return 3 * _matrices(shape) + shape.num_hidden_layers * per_layer
+    total += sparse(shape, options, sequence_length)
+  return total
 
 
 def dense_flops_per_token(shape: model.Shape, sequence_length: int) -> float:

@@ -1,7 +1,8 @@
 """A decoder-only transformer of the Llama family, with any attention method.
 
 Parameter names are those of Hugging Face Llama, plus `self_attn.g_proj` for the gate; the
-layers are stacked along a leading axis and scanned.
+layers are stacked along a leading axis and scanned. Where layers run different methods in
+turn, each place in their pattern has a stack of its own, `layers.0`, `layers.1` and so on.
 
 Letters: B batch, T tokens, E width, F MLP width, V vocabulary, L layers, D head size.
 """
@@ -126,6 +127,33 @@ class Block(nn.Module):
     return x_BTE, align
 
 
+class Period(nn.Module):
+  """Layers that run different methods, one for each place in the pattern."""
+
+  shape: Shape
+  options: method.Options
+  stream: method.Stream
+
+  @nn.compact
+  def __call__(self, x_BTE, angles_BTD, segments_BT, use_full_P):
+    # A scan of one period is no loop, so that nothing else guards against CSE.
+    block, aligns = _with_remat(self.shape, prevent_cse=True), []
+    for place in range(len(self.options.pattern)):
+      own = self.options.of_layer(place)
+      layer_ = block(self.shape, own, self.stream, name=str(place))
+      x_BTE, align = layer_(x_BTE, angles_BTD, segments_BT, use_full_P[place])
+      aligns.append(align)
+    return x_BTE, jnp.stack(aligns)
+
+
+def _with_remat(shape: Shape, *, prevent_cse: bool):
+  """`Block`, recomputing what the shape's policy says."""
+  policy = REMAT_POLICIES[shape.remat]
+  if policy is None:
+    return Block
+  return nn.remat(Block, policy=policy, prevent_cse=prevent_cse)
+
+
 class Transformer(nn.Module):
   """Token ids to the hidden states that predict the next ones."""
 
@@ -172,21 +200,23 @@ class Transformer(nn.Module):
     angles_BTD = rotary.angles(
       positions_BT, shape.head_dim, shape.rope_theta, shape.rope_scaling
     )
-    block = Block
-    policy = REMAT_POLICIES[shape.remat]
-    if policy is not None:
+    period = len(self.options.pattern)
+    if period == 1:
       # prevent_cse guards against what scan already rules out.
-      block = nn.remat(Block, policy=policy, prevent_cse=False)
+      body, options = _with_remat(shape, prevent_cse=False), self.options.of_layer(0)
+    else:
+      body, options = Period, self.options
+      use_full_L = use_full_L.reshape(-1, period)
     layers = nn.scan(
-      block,
+      body,
       variable_axes={"params": 0, "intermediates": 0},
       split_rngs={"params": True},
       in_axes=(nn.broadcast, nn.broadcast, 0),
-      length=shape.num_hidden_layers,
+      length=shape.num_hidden_layers // period,
       metadata_params={nn.PARTITION_NAME: "layers"},
-    )(shape, self.options, stream, name="layers")
+    )(shape, options, stream, name="layers")
     x_BTE, align_L = layers(x_BTE, angles_BTD, segments_BT, use_full_L)
-    return Output(_norm(shape, "norm")(x_BTE), align_L)
+    return Output(_norm(shape, "norm")(x_BTE), align_L.reshape(-1))
 
 
 def unembedding(params) -> jax.Array:

@@ -17,6 +17,7 @@ __all__ = [
   "SsaOptions",
   "make_method",
   "sparse_name",
+  "sparse_names",
 ]
 
 METHODS = {
@@ -33,8 +34,14 @@ SPARSE_METHODS = ("moba", "nsa", "sliding_window")
 
 
 def sparse_name(options: Options) -> str:
-  """The method whose sparse stream a layer runs when run sparse."""
+  """The method whose sparse stream a layer of these settings runs when run sparse."""
   return options.method if options.method in SPARSE_METHODS else options.sparse_method
+
+
+def sparse_names(options: Options) -> tuple[str, ...]:
+  """The same of all layers, each name once."""
+  layers = [options.of_layer(place) for place in range(len(options.pattern))]
+  return tuple(dict.fromkeys(sparse_name(own) for own in layers if not own.is_always_full))
 
 
 def make_method(options: Options, kernel_init: nn.initializers.Initializer):
@@ -45,6 +52,8 @@ def make_method(options: Options, kernel_init: nn.initializers.Initializer):
   A sparse method is always the layer's submodule `sparse`, alone or inside another method,
   so that its parameters have one place whatever the training.
   """
+  if options.is_always_full:
+    return Full(options, None, name="method")
   sparse = METHODS[sparse_name(options)](options, kernel_init, name="sparse")
   if options.method in SPARSE_METHODS:
     return sparse

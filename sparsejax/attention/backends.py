@@ -38,18 +38,20 @@ def choose(
       to set.
   """
   asked = _Questions(options, dtype, num_heads, num_kv_heads, head_dim, length)
-  sparse = attention.sparse_name(options)
+  names = attention.sparse_names(options)
+  # Methods share operations, and a window may be as long as another's.
+  questions = dict.fromkeys(question for name in names for question in asked.of_sparse(name))
   choices, problems = [], []
-  for key, ask in (("full_implementation", asked.full_attention), *asked.of_sparse(sparse)):
+  for key, ask in (("full_implementation", asked.full_attention), *questions):
     try:
       choices.append(ask())
     except pallas_kernels.CannotRunError as error:
       problems.append(_problem(key, error))
   if problems:
     raise errors.ConfigError("\n".join(problems))
-  if options.method == "ssa" and sparse == "moba":
+  if "ssa" in options.pattern and options.sparse_method == "moba":
     choices.append(asked.dual_path_attention())
-  return choices
+  return list(dict.fromkeys(choices))
 
 
 class _Questions:

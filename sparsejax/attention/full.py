@@ -9,13 +9,13 @@ from sparsejax.attention import method
 
 
 class Full(nn.Module):
-  """Full attention; run sparse, it reads the blocks that `sparse` selects."""
+  """Full attention; run sparse, it reads what `sparse` reads, if there is such a method."""
 
   options: method.Options
-  sparse: nn.Module
+  sparse: nn.Module | None
 
   def __call__(self, q_BTHD, k_BTKD, v_BTKD, tokens, stream) -> method.Attended:
-    if stream == "sparse":
+    if stream == "sparse" and self.sparse is not None:
       return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream)
     out_BTHD = full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, self.options)
     return method.Attended(out_BTHD, jnp.float32(0))

@@ -71,6 +71,8 @@ class Options:
 
   Attributes:
     method: a key of `METHODS`.
+    layer_methods: the same of each layer, or of a period of layers; () is `method` in all. A
+      layer that is `full` by these reads every key in every stream.
     sparse_method: the sparse side of a method that has none of its own.
     block_size: keys per block.
     num_blocks: blocks a query reads, its own included.
@@ -86,6 +88,7 @@ class Options:
   """
 
   method: str
+  layer_methods: tuple[str, ...]
   sparse_method: str
   block_size: int
   num_blocks: int
@@ -99,6 +102,28 @@ class Options:
   ssa: "SsaOptions"
   nsa: "NsaOptions"
   max_documents: int
+
+  @property
+  def pattern(self) -> tuple[str, ...]:
+    """Methods of the first layers, which repeat: the shortest period."""
+    names = self.layer_methods or (self.method,)
+    periods = [n for n in range(1, len(names) + 1) if len(names) % n == 0]
+    shortest = next(n for n in periods if names[:n] * (len(names) // n) == names)
+    return names[:shortest]
+
+  def of_layer(self, place: int) -> "Options":
+    """Settings of a layer by its place in the pattern: `method` is then its own."""
+    return dataclasses.replace(self, method=self.pattern[place])
+
+  @property
+  def is_always_full(self) -> bool:
+    """Whether a layer of these settings reads every key even when run sparse."""
+    return self.method == "full" and bool(self.layer_methods)
+
+  @property
+  def home_stream(self) -> str:
+    """The mode of inference that the methods are for: `full` or `sparse`."""
+    return "full" if set(self.pattern) == {"full"} else "sparse"
 
   @property
   def budget(self) -> int:

@@ -65,6 +65,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     *_single_keys(config),
     *_model(config),
     *_attention(config),
+    *_layer_methods(config),
     *_nsa(config),
     *_training(config),
   ]
@@ -128,15 +129,30 @@ def _attention(config) -> Iterator[str]:
         )
 
 
+def _layer_methods(config) -> Iterator[str]:
+  names, num_layers = config.attention.layer_methods, config.model.num_hidden_layers
+  for name in dict.fromkeys(names):
+    if name not in attention.METHODS:
+      yield errors.one_of("method in attention.layer_methods", str(name), attention.METHODS)
+  if names and num_layers % len(names):
+    fits = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
+    yield (
+      f"attention.layer_methods names {len(names)} layers, which do not repeat to the "
+      f"model.num_hidden_layers={num_layers}; name {_or(fits)}."
+    )
+
+
 def _nsa(config) -> Iterator[str]:
   attention_, nsa = config.attention, config.nsa
-  sparse = attention_.sparse_method
-  if attention_.method == "full" and sparse == "nsa":
+  sparse, names = attention_.sparse_method, attention_.layer_methods or (attention_.method,)
+  if "ssa" in names or ("full" in names and not attention_.layer_methods):
+    names = *names, sparse
+  if attention_.method == "full" and sparse == "nsa" and not attention_.layer_methods:
     yield (
       "attention.sparse_method='nsa' has weights that attention.method='full' does not train; "
       "take 'moba', or attention.method='nsa'."
     )
-  if "nsa" not in (attention_.method, sparse):
+  if "nsa" not in names:
     return
   stride = nsa.compress_stride
   for key, size in (

@@ -38,6 +38,8 @@ class Cell:
 def choose(subject: subjects.Subject) -> np.ndarray:
   """The lists of the first validation row, int32 [layers, T, K, M], -1 for empty slots.
 
+  Layers that choose no blocks, in a model where others do, have empty lists.
+
   Raises:
     ConfigError: the model's method chooses no blocks.
     DataError: no source has a validation split.
@@ -64,19 +66,23 @@ def choose(subject: subjects.Subject) -> np.ndarray:
     return seen
 
   seen = look(subject.params, jax.tree.map(jnp.asarray, rows))
-  # Somewhere in the layers, by the method's own names.
-  found = [
-    value
-    for path, value in jax.tree_util.tree_flatten_with_path(seen)[0]
-    if any(getattr(key, "key", None) == "blocks" for key in path)
-  ]
+  # Somewhere in the layers, by the method's own names; a stack for each place in the pattern.
+  found = {}
+  for path, value in jax.tree_util.tree_flatten_with_path(seen)[0]:
+    names = [str(getattr(key, "key", "")) for key in path]
+    if "blocks" in names:
+      found[next((int(name) for name in names if name.isdigit()), 0)] = np.asarray(value[:, 0])
+  pattern = subject.transformer.options.pattern
   if not found:
     raise errors.ConfigError(
-      f"attention.method={subject.transformer.options.method!r} chooses no blocks; "
-      "--tasks=block_lists is for models that do."
+      f"attention.method={'+'.join(pattern)!r} chooses no blocks; --tasks=block_lists is for "
+      "models that do."
     )
-  (blocks_LBTKM,) = found
-  return np.asarray(blocks_LBTKM[:, 0])
+  num_layers = subject.transformer.shape.num_hidden_layers
+  blocks_LTKM = np.full((num_layers, *next(iter(found.values())).shape[1:]), -1, np.int32)
+  for place, blocks in found.items():
+    blocks_LTKM[place :: len(pattern)] = blocks
+  return blocks_LTKM
 
 
 def describe(blocks_LTKM: np.ndarray, block_size: int) -> list[Cell]:

@@ -62,9 +62,11 @@ class Run:
     """The run as it goes into JSON."""
     speeds = [r["perf/tokens_per_second"] for r in self.training[1:]] or [float("nan")]
     last = self.training[-1]
+    # Of runs from before layers could differ there is one name alone.
+    config = {"attention.layer_methods": ()} | self.config
     return dict(
       name=self.name,
-      method=self.config["attention.method"],
+      method="+".join(config["attention.layer_methods"]) or config["attention.method"],
       steps=int(last["step"]),
       tokens=int(last["step"] * self.tokens_per_step),
       minutes=round(float(self.minutes([last])[0]), 3),

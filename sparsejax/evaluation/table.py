@@ -149,7 +149,7 @@ def _write(task: str, cells, text: str, subject: subjects.Subject, out: pathlib.
     task=task,
     run=subject.path.parent.parent.name,
     step=subject.step,
-    method=subject.config.attention.method,
+    method="+".join(subject.transformer.options.pattern),
     environment=record.environment(),
     backends={op: ", ".join(names) for op, names in backends.items()},
     config_hash=record.digest(subject.config),

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 
 import pallas_kernels
-from sparsejax import checkpoint, cost, errors, sharding
+from sparsejax import attention, checkpoint, cost, errors, sharding
 from sparsejax.configuration import build, checks, record
 from sparsejax.data import corpus as corpora
 from sparsejax.data import statistics
@@ -276,7 +276,7 @@ class _Run:
     if is_save or is_last or must_stop or self.checkpoints.has_failed:
       loss = None
       if self.validated_at == number:
-        loss = self.validated[f"eval/{self._home_stream()}/loss"]
+        loss = self.validated[f"eval/{self.transformer.options.home_stream}/loss"]
       self.checkpoints.save(
         self.state, self._record(), validation_loss=loss, wait=is_last or must_stop
       )
@@ -311,7 +311,7 @@ class _Run:
       num_tokens=num_tokens,
       window=self.config.data.sequence_length,
       mesh=self.mesh,
-      stream=self._home_stream(),
+      stream=self.transformer.options.home_stream,
       num_ids=tokenizer.vocab_size,
       seed=self.config.seed,
     )
@@ -321,10 +321,6 @@ class _Run:
     (folder / f"{self._step()}.txt").write_text(text)
     self.progress.line(f"sample after step {self._step()}:\n{text}")
     return text
-
-  def _home_stream(self) -> str:
-    """The mode of inference that the method is for."""
-    return "full" if self.transformer.options.method == "full" else "sparse"
 
   def _step(self) -> int:
     return int(jax.device_get(self.state.step))
@@ -346,19 +342,23 @@ def describe(
     f"{shape.num_key_value_heads} of {shape.head_dim}"
   )
   separate = dict(both="both streams", full="the full stream", none="neither stream")
-  reads = f"{options.num_blocks} blocks of {options.block_size} keys (budget {options.budget})"
-  if options.method == "sliding_window":
-    reads = f"window of {options.window} keys"
-  if options.method == "nsa":
+  sparse = attention.sparse_names(options)
+  reads = []
+  if set(sparse) - {"sliding_window"}:
+    reads.append(
+      f"{options.num_blocks} blocks of {options.block_size} keys (budget {options.budget})"
+    )
+  if "sliding_window" in sparse:
+    reads.append(f"window of {options.window} keys")
+  if "nsa" in sparse:
     nsa = options.nsa
-    reads += (
-      f", windows of {nsa.compress_length} keys made one every {nsa.compress_stride}, the last "
+    reads.append(
+      f"windows of {nsa.compress_length} keys made one every {nsa.compress_stride}, the last "
       f"{nsa.window} keys"
     )
-  yield (
-    f"attention: {options.method}, {reads}, documents separate in "
-    f"{separate[options.document_mask]}"
-  )
+  methods = " -> ".join(options.pattern)
+  separately = f"documents separate in {separate[options.document_mask]}"
+  yield f"attention: {', '.join([methods, *reads, separately])}"
   for choice in backends:
     yield f"backend of {choice}"
   devices = jax.devices()

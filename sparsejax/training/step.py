@@ -35,6 +35,9 @@ def make_train_step(
   """
   options = transformer.options.ssa
   num_layers = transformer.shape.num_hidden_layers
+  pattern = transformer.options.pattern
+  # Layers that compare two streams; where none does there is nothing to divide.
+  num_aligned = max(1, num_layers // len(pattern) * pattern.count("ssa"))
 
   def train_step(state, batch, rng):
     use_full_L = ssa.toss(rng, state.step, num_layers, options)
@@ -59,7 +62,7 @@ def make_train_step(
       cross_entropy = (predictions.nll * part.weights).sum() / num_tokens
       squared = jnp.square(predictions.log_normalizer)
       z_loss = (squared * part.weights).sum() / num_tokens
-      align = output.align_L.mean() / accumulate_steps
+      align = output.align_L.sum() / num_aligned / accumulate_steps
       loss = (
         cross_entropy + loss_options.z_loss_weight * z_loss + loss_options.align_weight * align
       )

@@ -94,6 +94,24 @@ def test_sizes_begin_at_one(key):
       "and half from afar, so take an even number.",
     ),
     (
+      ["attention.layer_methods=moba,ful"],
+      "unknown method in attention.layer_methods 'ful'. Did you mean 'full'? There are: full, "
+      "moba, nsa, sliding_window, ssa.",
+    ),
+    (
+      ["attention.layer_methods=moba,moba,full"],
+      "attention.layer_methods names 3 layers, which do not repeat to the "
+      "model.num_hidden_layers=4; name 1 or 2 or 4.",
+    ),
+    (
+      ["attention.layer_methods=nsa,full", "nsa.num_initial=-1"],
+      "nsa.num_initial=-1 must be at least 0.",
+    ),
+    (
+      ["attention.layer_methods=ssa,full", "attention.sparse_method=nsa", "nsa.num_initial=-1"],
+      "nsa.num_initial=-1 must be at least 0.",
+    ),
+    (
       ["attention.method=full", "attention.sparse_method=nsa"],
       "attention.sparse_method='nsa' has weights that attention.method='full' does not train; "
       "take 'moba', or attention.method='nsa'.",
@@ -195,6 +213,11 @@ def test_a_contradiction_names_values_limits_and_remedy(assignments, message):
     ["attention.num_blocks=16"],
     ["attention.num_blocks=1"],
     ["attention.selection=exact", "attention.num_blocks=3"],
+    ["attention.layer_methods=full"],
+    ["attention.layer_methods=moba,full"],
+    ["attention.layer_methods=moba,full,ssa,sliding_window"],
+    ["attention.layer_methods=full,moba", "attention.sparse_method=nsa", "nsa.num_initial=-1"],
+    ["attention.layer_methods=full", "attention.method=full", "attention.sparse_method=nsa"],
     ["attention.method=nsa"],
     ["attention.method=nsa", "nsa.num_local=3"],
     ["attention.method=nsa", "nsa.compress_length=16"],

@@ -292,9 +292,9 @@ class Bare:
   """A transformer of one table, whose alignment is what the test says it is."""
 
   shape = types.SimpleNamespace(num_hidden_layers=3)
-  options = types.SimpleNamespace(ssa=make_config("ssa").ssa)
 
-  def __init__(self, align):
+  def __init__(self, align, pattern):
+    self.options = types.SimpleNamespace(ssa=make_config("ssa").ssa, pattern=pattern)
     self._align = align
 
   def apply(self, variables, inputs, positions, segments, *, stream, use_full_L):
@@ -305,12 +305,16 @@ class Bare:
     return model.Output(table[inputs], self._align(table))
 
 
-def run_bare(align, accumulate_steps=1, num_skipped=0, **weights):
+def run_bare(align, accumulate_steps=1, num_skipped=0, pattern=("ssa",), **weights):
   options = losses.Options(chunk_length=8, **weights)
   optimizer = optax.sgd(0.5, momentum=0.9)
   step = jax.jit(
     steps.make_train_step(
-      Bare(align), optimizer, lambda n: n * 1.0, options, accumulate_steps=accumulate_steps
+      Bare(align, pattern),
+      optimizer,
+      lambda n: n * 1.0,
+      options,
+      accumulate_steps=accumulate_steps,
     )
   )
   table = jnp.asarray(np.random.default_rng(0).normal(size=(320, 8)), jnp.float32)
@@ -323,13 +327,23 @@ def run_bare(align, accumulate_steps=1, num_skipped=0, **weights):
   return state, batch, *step(state, batch, KEY)
 
 
-@pytest.mark.parametrize("accumulate_steps", [1, 4])
-def test_the_loss_is_the_weighted_sum_of_its_terms(accumulate_steps):
-  """Against numpy. The alignment counts once for the batch, not once for every part."""
+@pytest.mark.parametrize(
+  ("accumulate_steps", "pattern", "align_L", "align"),
+  [
+    (1, ("ssa",), [1.0, 2.0, 6.0], 3.0),
+    (4, ("ssa",), [1.0, 2.0, 6.0], 3.0),
+    (1, ("ssa", "full", "ssa"), [1.0, 0.0, 6.0], 3.5),
+    (1, ("moba",), [0.0, 0.0, 0.0], 0.0),
+  ],
+)
+def test_the_loss_is_the_weighted_sum_of_its_terms(accumulate_steps, pattern, align_L, align):
+  """Against numpy. The alignment counts once for the batch, not once for every part, and is the
+  mean over the layers that have one."""
   state, batch, _, metrics = run_bare(
-    lambda table: jnp.array([1.0, 2.0, 6.0]),
+    lambda table: jnp.array(align_L),
     accumulate_steps,
     num_skipped=2,
+    pattern=pattern,
     z_loss_weight=0.25,
     align_weight=10.0,
   )
@@ -342,13 +356,13 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(accumulate_steps):
   expected = {
     "ce": (nll * batch.weights).sum() / total,
     "z_loss": (log_normalizer**2 * batch.weights).sum() / total,
-    "align": 3.0,
+    "align": align,
     "accuracy": ((logits.argmax(-1) == targets) * batch.weights).sum() / total,
     "num_tokens": total,
     "learning_rate": 5.0,
     "num_skipped": 2,
   }
-  expected["loss"] = expected["ce"] + 0.25 * expected["z_loss"] + 10.0 * 3.0
+  expected["loss"] = expected["ce"] + 0.25 * expected["z_loss"] + 10.0 * align
   for name, value in expected.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
 
