@@ -113,7 +113,9 @@ def get_config() -> ml_collections.ConfigDict:
     keep_every=0,  # every so many steps (0: none),
     keep_best=1,  # and the best on validation loss
     max_nonfinite_steps=10,  # stop after so many NaN or infinite steps in a row
-    init_from=config_dict.placeholder(str),  # workdir or checkpoint: weights to start at
+    # Workdir or checkpoint: weights to start at. What they lack, as a sparse method may have
+    # more than full attention, is made anew; lengths, RoPE and layer_methods may differ.
+    init_from=config_dict.placeholder(str),
     sample_tokens=256,  # tokens of text written after the last step; 0: none
     peak_tflops=config_dict.placeholder(float),  # per device; None looks it up
     tensorboard=True,

@@ -305,6 +305,31 @@ def try_record(path: pathlib.Path) -> Record | None:
     return None
 
 
+def describe_params(path: pathlib.Path) -> dict:
+  """Shapes and dtypes of a checkpoint's parameters, a tree of `jax.ShapeDtypeStruct`.
+
+  Raises:
+    CheckpointError: damaged files.
+  """
+  try:
+    leaves = jax.tree_util.tree_leaves_with_path(
+      ocp.checkpointables_metadata(path).metadata[_STATE]
+    )
+  except Exception as error:  # unreadable in one of many ways
+    raise errors.CheckpointError(f"{path} is damaged: {_cause(error)}") from error
+  tree: dict = {}
+  for key_path, leaf in leaves:
+    section, *names = _path_name(key_path).split("/")
+    if section == "params":
+      holder = tree
+      for inner in names[:-1]:
+        holder = holder.setdefault(inner, {})
+      holder[names[-1]] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+  if not tree:  # all that Orbax says of a description that it cannot read
+    raise errors.CheckpointError(f"{path} is damaged: it describes no parameters")
+  return tree
+
+
 def load_params(path: pathlib.Path, abstract_params) -> dict:
   """The parameters of a checkpoint, without optimizer or step.
 

@@ -15,7 +15,14 @@ from sparsejax.configuration import build, checks, record
 from sparsejax.data import corpus as corpora
 from sparsejax.data import statistics
 from sparsejax.decoding import sample
-from sparsejax.training import metrics, progress, signals, throughput, validation
+from sparsejax.training import (
+  continuation,
+  metrics,
+  progress,
+  signals,
+  throughput,
+  validation,
+)
 from sparsejax.training import state as states
 from sparsejax.training import step as steps
 from sparsejax.training import workdir as workdirs
@@ -82,6 +89,7 @@ class _Run:
       keep_every=config.train.keep_every,
       keep_best=config.train.keep_best,
     )
+    self.beginning: list[str] = []
     self.state, self.next_row = self._start(allow_config_change)
     self.first_step = int(jax.device_get(self.state.step))
     record.write(config, directory)
@@ -144,7 +152,8 @@ class _Run:
     state = states.init_state(self.transformer, self.optimizer, self.mesh, config.seed)
     if config.train.init_from is not None:
       path = checkpoint.find(config.train.init_from)
-      state = state.replace(params=checkpoint.load_params(path, abstract.params))
+      params, self.beginning = continuation.load(path, state.params, config)
+      state = state.replace(params=params)
     return state, 0
 
   def _check_same(self, path: pathlib.Path, allowed: tuple[str, ...]) -> None:
@@ -182,6 +191,8 @@ class _Run:
     for source in self.corpus.sources:
       loss = statistics.unigram_loss(source, self.config.model.vocab_size)
       say(f"data {source.name}: loss of a model that ignores context (unigram) {loss:.4f}")
+    for text in self.beginning:
+      say(text)
     if self.first_step:
       say(f"resuming at step {self.first_step} from {self.checkpoints.directory}")
 

@@ -182,14 +182,18 @@ def test_a_changed_config_is_refused_unless_allowed(environment, uninterrupted):
 def test_weights_of_another_run_to_start_from(environment, uninterrupted, tmp_path):
   """Only its parameters: the optimizer, the step and the data begin anew."""
   workdir, _ = uninterrupted
-  programs.train(
+  output = programs.train(
     tmp_path / "run",
     environment,
     train__init_from=workdir,
     train__num_steps=1,
+    model__rope_scaling__rope_type="llama3",
     optimizer__warmup_steps=0,
     optimizer__peak_lr=1e-12,
   )
+  assert f"weights are those of {workdir}/checkpoints/{programs.NUM_STEPS}\n" in output
+  changed = "model.rope_scaling.rope_type was 'default', is 'llama3'"
+  assert f"train.init_from: {changed}\n" in output
   old, new = (
     jax.device_get(subject.load(path, base.get_config()).params)
     for path in (workdir, tmp_path / "run")

@@ -220,6 +220,8 @@ def test_parameters_alone(tmp_path):
   assert checkpoint.find(tmp_path, 1).name == checkpoint.find(path.parent / "1").name == "1"
   params = checkpoint.load_params(path, make_abstract(make_state(0).params))
   assert_same(params, make_state(2).params)
+  shapes = jax.eval_shape(lambda: make_state(2).params)
+  assert checkpoint.describe_params(path) == shapes
   with pytest.raises(errors.CheckpointError, match="has no step 7; it has"):
     checkpoint.find(tmp_path, 7)
   with pytest.raises(errors.CheckpointError, match="holds no checkpoint"):
