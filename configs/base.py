@@ -83,6 +83,10 @@ def get_config() -> ml_collections.ConfigDict:
     # or the built-in `stdlib` (Python's own source files) and `recall` (synthetic).
     sources=("data/smollm",),
     weights=(),  # one per source; () weighs sources by their number of tokens
+    # Bounds of document lengths in tokens, ascending: (0, 4096, 12288) has buckets of 0 to 4095
+    # and 4096 to 12287. Each gives its share of every source's rows; (): as documents come.
+    length_buckets=(),
+    length_weights=(),  # one per bucket; () is equal shares
     sequence_length=8192,
     batch_size=384,  # sequences per step, over all hosts and accumulation steps
     num_workers=0,  # processes that read ahead; 0 reads in threads

@@ -25,8 +25,16 @@ def make_corpus(
     recall_pairs=config.data.recall_pairs,
     recall_queries=config.data.recall_queries,
   )
+  bounds, buckets = config.data.length_buckets, None
+  if bounds:
+    weights = config.data.length_weights or (1.0,) * (len(bounds) - 1)
+    buckets = corpus.LengthBuckets(bounds, weights)
   return corpus.open_corpus(
-    config.data.sources, config.data.weights, form, builtin_directory=builtin_directory
+    config.data.sources,
+    config.data.weights,
+    form,
+    builtin_directory=builtin_directory,
+    buckets=buckets,
   )
 
 

@@ -68,6 +68,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     *_layer_methods(config),
     *_nsa(config),
     *_training(config),
+    *_lengths(config),
   ]
   if problems:
     raise errors.ConfigError("\n".join(problems))
@@ -218,6 +219,23 @@ def _training(config) -> Iterator[str]:
       f"mesh.tensor={tensor} cannot split model.num_key_value_heads="
       f"{config.model.num_key_value_heads}; use fsdp or data for those devices instead."
     )
+
+
+def _lengths(config) -> Iterator[str]:
+  bounds, weights = config.data.length_buckets, config.data.length_weights
+  are_whole = all(isinstance(bound, int) and bound >= 0 for bound in bounds)
+  if bounds and not (are_whole and len(bounds) > 1 and list(bounds) == sorted({*bounds})):
+    yield (
+      f"data.length_buckets={bounds} must be ascending whole numbers, two or more, such as "
+      "(0, 4096, 12288)."
+    )
+  if weights and len(weights) != max(0, len(bounds) - 1):
+    yield (
+      f"data.length_weights has {len(weights)} numbers for the {max(0, len(bounds) - 1)} "
+      "buckets of data.length_buckets; give one each, or () for equal shares."
+    )
+  if any(not isinstance(weight, int | float) or weight <= 0 for weight in weights):
+    yield f"data.length_weights={weights} must all be positive numbers."
 
 
 def _get(config, key: str):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import pathlib
 import sys
 from typing import Protocol
@@ -43,6 +44,8 @@ class Source:
   Attributes:
     name: as the configuration calls it.
     train, validation: rows of each split; None where the split is empty.
+    buckets: rows to train on by the length of their documents; `train` alone where all
+      lengths are mixed, and where rows are synthetic.
     fingerprint: of its tokens.
     tokenizer: of its text; None for synthetic ids.
     bytes_per_id: UTF-8 bytes that each id stands for, [vocab_size]; None for synthetic ids.
@@ -52,6 +55,7 @@ class Source:
   name: str
   train: Rows
   validation: Rows | None
+  buckets: tuple[Rows, ...]
   fingerprint: str
   tokenizer: tokenizers.Tokenizer | None
   bytes_per_id: np.ndarray | None
@@ -77,6 +81,23 @@ class RowFormat:
   recall_queries: int
 
 
+@dataclasses.dataclass(frozen=True)
+class LengthBuckets:
+  """In which shares documents of different lengths are read (InfLLM-V2, arXiv:2509.24663).
+
+  Attributes:
+    bounds: ascending; bucket i is of documents of `bounds[i]` to `bounds[i + 1] - 1` tokens.
+    weights: share of a source's rows that each bucket gives.
+  """
+
+  bounds: tuple[int, ...]
+  weights: tuple[float, ...]
+
+  @property
+  def ranges(self) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(self.bounds))
+
+
 class Corpus:
   """All sources of a run.
 
@@ -87,13 +108,20 @@ class Corpus:
     max_documents: documents in the row that has the most, over all sources and splits.
   """
 
-  def __init__(self, sources: Sequence[Source], weights: Sequence[float], form: RowFormat):
+  def __init__(
+    self,
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    form: RowFormat,
+    buckets: LengthBuckets | None = None,
+  ):
     """Mixes sources.
 
     Args:
       sources: at least one; all text must share one tokenizer.
       weights: share of the rows that each source gives; () is by size.
       form: what rows look like.
+      buckets: shares by length within each source; None takes documents as they come.
 
     Raises:
       DataError: tokenizers differ, or have more ids than the model.
@@ -107,9 +135,12 @@ class Corpus:
         f"model.vocab_size={form.vocab_size} is smaller than the tokenizer's "
         f"{self.tokenizer.vocab_size} ids; set it to at least that (a multiple of 128 is fast)."
       )
-    splits = [s for source in sources for s in (source.train, source.validation) if s]
+    splits = [s for source in sources for s in (*source.buckets, source.validation) if s]
     self.max_documents = max(split.max_documents for split in splits)
     described = [*(source.fingerprint for source in sources), self._weights, form]
+    if buckets is not None:
+      described.append(buckets)
+    self._bucket_weights = None if buckets is None else buckets.weights
     self.fingerprint = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
     self._rows = self._mix()
 
@@ -166,16 +197,17 @@ class Corpus:
     return with_text[0].tokenizer if with_text else tokenizers.ByteTokenizer()
 
   def _mix(self) -> grain.MapDataset:
-    shuffled = [
-      grain.MapDataset.source(source.train)
-      # Each source its own order, so that equal sources do not move in step.
-      .shuffle(seed=(self._form.seed + 7919 * place) % 2**32)
-      .repeat()
-      for place, source in enumerate(self.sources)
-    ]
+    shuffled, weights = [], []
+    for place, (source, weight) in enumerate(zip(self.sources, self._weights, strict=True)):
+      shares = (1.0,) if len(source.buckets) == 1 else self._bucket_weights
+      for number, (rows_, share) in enumerate(zip(source.buckets, shares, strict=True)):
+        # Each its own order, so that equal sources do not move in step.
+        seed = (self._form.seed + 7919 * place + 104_729 * number) % 2**32
+        shuffled.append(grain.MapDataset.source(rows_).shuffle(seed=seed).repeat())
+        weights.append(weight if len(shares) == 1 else weight * share / sum(shares))
     if len(shuffled) == 1:
       return shuffled[0]
-    return grain.MapDataset.mix(shuffled, weights=self._weights)
+    return grain.MapDataset.mix(shuffled, weights=weights)
 
 
 class _Batches:
@@ -215,6 +247,7 @@ def open_corpus(
   form: RowFormat,
   *,
   builtin_directory: str | pathlib.Path,
+  buckets: LengthBuckets | None = None,
 ) -> Corpus:
   """Opens sources by name: prepared directories, `stdlib` and `recall`.
 
@@ -223,19 +256,26 @@ def open_corpus(
     weights: share of each, or ().
     form: what rows look like.
     builtin_directory: where `stdlib` is prepared when it is not there yet.
+    buckets: shares by length within each source; None takes documents as they come.
 
   Raises:
-    DataError: a source is missing, damaged, named twice or does not fit.
+    DataError: a source is missing, damaged, named twice or does not fit, or has no documents
+      for a bucket.
   """
   if len(set(names)) != len(names):
     raise errors.DataError(
       f"data.sources={tuple(names)} names a source twice; use data.weights."
     )
-  sources = [_open(name, form, pathlib.Path(builtin_directory)) for name in names]
-  return Corpus(sources, weights, form)
+  sources = [_open(name, form, pathlib.Path(builtin_directory), buckets) for name in names]
+  return Corpus(sources, weights, form, buckets)
 
 
-def _open(name: str, form: RowFormat, builtin_directory: pathlib.Path) -> Source:
+def _open(
+  name: str,
+  form: RowFormat,
+  builtin_directory: pathlib.Path,
+  buckets: LengthBuckets | None,
+) -> Source:
   if name == RECALL:
     return _open_recall(form)
   if name == STDLIB:
@@ -245,10 +285,12 @@ def _open(name: str, form: RowFormat, builtin_directory: pathlib.Path) -> Source
     directory = pathlib.Path(name)
   manifest = shards.load(directory)
   tokenizer = shards.load_tokenizer(directory, manifest)
+  train = _pack(directory, manifest, "train", form, seed=form.seed)
   return Source(
     name=name,
-    train=_pack(directory, manifest, "train", form, seed=form.seed),
+    train=train,
     validation=_pack(directory, manifest, "validation", form, seed=None),
+    buckets=(train,) if buckets is None else _sort(name, directory, manifest, form, buckets),
     fingerprint=manifest.fingerprint,
     tokenizer=tokenizer,
     bytes_per_id=_bytes_per_id(tokenizer, manifest),
@@ -263,6 +305,31 @@ def _pack(directory, manifest, split: str, form: RowFormat, seed) -> rows.Packed
     sequence_length=form.sequence_length,
     seed=seed,
     ignore_first_tokens=form.ignore_first_tokens,
+  )
+
+
+def _sort(
+  name: str, directory, manifest, form: RowFormat, buckets: LengthBuckets
+) -> tuple[rows.PackedRows, ...]:
+  """The documents to train on in rows of their own for every bucket."""
+  records = shards.Records(directory, manifest, "train")
+  tokens_M = rows.document_lengths(records)
+  for least, end in buckets.ranges:
+    if not ((tokens_M >= least) & (tokens_M < end)).any():
+      raise errors.DataError(
+        f"source {name!r} has no document of {least} to {end - 1} tokens for a bucket of "
+        f"data.length_buckets={buckets.bounds}; its documents have {tokens_M.min()} to "
+        f"{tokens_M.max()}, so leave the bucket out."
+      )
+  return tuple(
+    rows.PackedRows(
+      records,
+      sequence_length=form.sequence_length,
+      seed=form.seed,
+      ignore_first_tokens=form.ignore_first_tokens,
+      lengths=lengths,
+    )
+    for lengths in buckets.ranges
   )
 
 
@@ -285,9 +352,11 @@ def _open_recall(form: RowFormat) -> Source:
       seed=seed,
     )
 
+  train = make(form.seed)
   return Source(
     name=RECALL,
-    train=make(form.seed),
+    train=train,
+    buckets=(train,),
     # Rows of another seed are other examples: there is no text to set aside.
     validation=_First(make(form.seed + 1), _RECALL_VALIDATION_ROWS),
     fingerprint="recall-1",

@@ -26,6 +26,7 @@ class PackedRows:
     sequence_length: int,
     seed: int | None,
     ignore_first_tokens: bool,
+    lengths: tuple[int, int] | None = None,
   ):
     """Finds where rows begin.
 
@@ -34,6 +35,8 @@ class PackedRows:
       sequence_length: T.
       seed: of the order of the documents; None keeps the order on disk.
       ignore_first_tokens: whether to give weight 0 to targets that open a document.
+      lengths: of the documents that are packed, in tokens: from the first number on and below
+        the second; None takes all. There must be such documents.
     """
     self._records = records
     self._length = sequence_length
@@ -42,6 +45,9 @@ class PackedRows:
     starts_M = np.flatnonzero(np.diff(records.document_R, prepend=-1))
     num_records_M = np.diff(starts_M, append=len(records))
     order_M = np.arange(len(starts_M))
+    if lengths is not None:
+      tokens_M = document_lengths(records)
+      order_M = np.flatnonzero((tokens_M >= lengths[0]) & (tokens_M < lengths[1]))
     if seed is not None:
       order_M = np.random.default_rng(seed).permutation(order_M)
     self._record_R = _ranges(starts_M[order_M], num_records_M[order_M])
@@ -91,6 +97,12 @@ class PackedRows:
     begins_inside = np.ones(len(per_row), bool)
     begins_inside[opens_at[opens_at % self._length == 0] // self._length] = False
     return int((per_row + begins_inside).max())
+
+
+def document_lengths(records: shards.Records) -> np.ndarray:
+  """Tokens of every document of a split, [M]."""
+  starts_M = np.flatnonzero(np.diff(records.document_R, prepend=-1))
+  return np.add.reduceat(records.tokens_R.astype(np.int64), starts_M)
 
 
 def make_row(

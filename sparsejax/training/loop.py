@@ -383,3 +383,6 @@ def describe(
         f"data {source.name}: {source.train.num_tokens:,} tokens in {len(source.train):,} rows "
         f"to train, {len(source.validation) if source.validation else 0:,} rows to validate"
       )
+      if len(source.buckets) > 1:
+        counts = ", ".join(f"{len(bucket):,}" for bucket in source.buckets)
+        yield f"data {source.name}: rows to train by length of document {counts}"

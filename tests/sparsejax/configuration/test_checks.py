@@ -186,6 +186,35 @@ def test_sizes_begin_at_one(key):
     ),
     (["data.weights=0"], "data.weights=(0,) must all be positive numbers."),
     (["data.weights=a"], "data.weights=('a',) must all be positive numbers."),
+    *(
+      (
+        [f"data.length_buckets={bounds}"],
+        f"data.length_buckets={shown} must be ascending whole numbers, two or more, such as "
+        "(0, 4096, 12288).",
+      )
+      for bounds, shown in (
+        ("64", "(64,)"),
+        ("64,0", "(64, 0)"),
+        ("0,64,64", "(0, 64, 64)"),
+        ("-1,64", "(-1, 64)"),
+        ("0,6.5", "(0, 6.5)"),
+        ("a,b", "('a', 'b')"),
+      )
+    ),
+    (
+      ["data.length_buckets=0,64,128", "data.length_weights=1"],
+      "data.length_weights has 1 numbers for the 2 buckets of data.length_buckets; give one "
+      "each, or () for equal shares.",
+    ),
+    (
+      ["data.length_weights=1"],
+      "data.length_weights has 1 numbers for the 0 buckets of data.length_buckets; give one "
+      "each, or () for equal shares.",
+    ),
+    (
+      ["data.length_buckets=0,64,128", "data.length_weights=1,0"],
+      "data.length_weights=(1, 0) must all be positive numbers.",
+    ),
     (
       ["mesh.fsdp=-1"],
       "mesh axes data and fsdp are both -1; only one can take what remains.",
@@ -237,6 +266,8 @@ def test_a_contradiction_names_values_limits_and_remedy(assignments, message):
     ["optimizer.warmup_steps=240"],
     ["optimizer.schedule=wsd", "optimizer.decay_steps=220"],
     ["data.sources=a,b", "data.weights=1,0.5"],
+    ["data.length_buckets=0,64"],
+    ["data.length_buckets=0,64,128", "data.length_weights=1,0.5"],
     ["mesh.data=1", "mesh.fsdp=-1"],
     ["mesh.tensor=2"],
   ],
