@@ -172,14 +172,13 @@ def _stack(new: jax.Array, sources: list[tuple[Path, int]], loaded: dict) -> jax
   """Slices of the checkpoint's stacks, and of `new` where there are none."""
   used = {path: loaded[path] for path, _ in sources if path in loaded}
 
-  @jax.jit
   def stack(new, used):
     rows = [
       used[path][index] if path in used else new[i] for i, (path, index) in enumerate(sources)
     ]
     return jnp.stack(rows)
 
-  return jax.device_put(stack(new, used), new.sharding)
+  return jax.jit(stack, out_shardings=new.sharding)(new, used)
 
 
 def _changes(path: pathlib.Path, config: ml_collections.ConfigDict) -> Iterator[str]:

@@ -20,6 +20,7 @@ class State:
 
   step: jax.Array
   params: dict
+  opt_state: dict
 
 
 def make_config(*layer_methods, **changes):
@@ -51,7 +52,8 @@ def save(directory, config):
   about = checkpoint.Record(
     next_row=0, corpus="c", tokenizer="t", config=record.as_json(config)
   )
-  checkpoints.save(State(jnp.int32(1), params), about, wait=True)
+  state = State(jnp.int32(1), params, {"mu": {"norm": {"scale": jnp.zeros(3)}}})
+  checkpoints.save(state, about, wait=True)
   checkpoints.close()
   return checkpoint.find(directory), jax.device_get(params)
 
@@ -185,11 +187,16 @@ def test_where_a_method_reads_everything_step_0_is_the_old_model(saved, changes,
     ),
     (
       make_config(),
+      make_config(model__vocab_size=384),
+      r"embed_tokens/embedding: float32\[320, 32\] saved, float32\[384, 32\] wanted",
+    ),
+    (
+      make_config(),
       make_config(*MOBA_FULL, model__intermediate_size=40),
       r"layers/mlp/up_proj/kernel: float32\[4, 32, 48\] saved, float32\[2, 32, 40\] wanted",
     ),
   ],
-  ids=["gate", "own_weights", "of_some_layers", "width", "within_layers"],
+  ids=["gate", "own_weights", "of_some_layers", "width", "ids", "within_layers"],
 )
 def test_what_does_not_fit_is_refused_by_name(saved, before, after, message):
   path, _ = saved(before)
