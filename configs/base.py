@@ -64,7 +64,9 @@ def get_config() -> ml_collections.ConfigDict:
     align_after_gate=True,  # as the released code; False is the paper's Algorithm 1
     coin="step",  # step: one toss for all layers | layer: one toss per layer
   )
-  c.nsa = dict(  # read by method="nsa" only; blocks are attention.block_size and num_blocks
+  # Read by method="nsa" only. Blocks are attention.block_size and num_blocks; its three gates
+  # come beside attention.gate, which its presets switch off.
+  c.nsa = dict(
     compression="mlp",  # what makes keys one: mlp (learned, the paper's) | mean
     compress_length=32,  # keys that are made one, the paper's l
     compress_stride=16,  # keys from one such window to the next, its d

@@ -247,7 +247,6 @@ def test_it_can_be_the_sparse_side_of_ssa():
       )
     )(params)
 
-  for coin, stream in ((True, "full"), (False, "sparse")):
-    trained, alone = run(transformers[0], "train", coin), run(transformers[1], stream, True)
-    np.testing.assert_allclose(trained.hidden_BTE, alone.hidden_BTE, atol=1e-5)
-    assert (trained.align_L > 0).all()
+  trained, alone = run(transformers[0], "train", False), run(transformers[1], "sparse", True)
+  np.testing.assert_allclose(trained.hidden_BTE, alone.hidden_BTE, atol=1e-5)
+  assert (trained.align_L > 0).all()
