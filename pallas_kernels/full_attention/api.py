@@ -25,6 +25,7 @@ def full_attention(
   *,
   segments_BT: Int[Array, "B T"] | None = None,
   max_documents: int | None = None,
+  key_bias_BTK: Float[Array, "B T K"] | None = None,
   implementation: FullImplementation | None = None,
 ) -> Float[Array, "B T H D"]:
   """Returns causal softmax attention with scores scaled by D ** -0.5.
@@ -38,6 +39,8 @@ def full_attention(
     max_documents: runs that a row of segments may hold; needed with them. A row with more
       comes out as NaN on cuDNN, rather than with borders missing. 1 says that segments set
       nothing apart but padding at a row's end; what the padding reads is then undefined.
+    key_bias_BTK: added to the scores of each key, after scaling (NOSA's importance,
+      arXiv:2510.13602); None is 0. It carries a gradient.
     implementation: None and `auto` take cuDNN where it can run and `xla` elsewhere; `strict`
       is cuDNN or an error; `reference` is the definition.
 
@@ -52,10 +55,11 @@ def full_attention(
     v_BTKD,
     segments_BT=segments_BT,
     max_documents=max_documents,
+    key_bias_BTK=key_bias_BTK,
     implementation=implementation,
   )
   run = _IMPLEMENTATIONS[choice.backend]
-  return run(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents)
+  return run(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, key_bias_BTK)
 
 
 def choose_full_attention(
@@ -65,6 +69,7 @@ def choose_full_attention(
   *,
   segments_BT: Int[Shaped, "B T"] | None = None,
   max_documents: int | None = None,
+  key_bias_BTK: Float[Shaped, "B T K"] | None = None,
   implementation: FullImplementation | None = None,
 ) -> dispatch.Choice:
   """What `full_attention` runs for such arrays on the first device, and why.
@@ -72,10 +77,15 @@ def choose_full_attention(
   Takes the same arguments and raises the same errors; runs nothing, so that a
   `jax.ShapeDtypeStruct` will do for an array.
   """
-  _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents)
+  _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, key_bias_BTK)
   has_documents = segments_BT is not None and max_documents > 1
   candidates = {
-    "cudnn": lambda: cudnn.why_not(q_BTHD.dtype, q_BTHD.shape[-1], has_documents=has_documents),
+    "cudnn": lambda: cudnn.why_not(
+      q_BTHD.dtype,
+      q_BTHD.shape[-1],
+      has_documents=has_documents,
+      has_bias=key_bias_BTK is not None,
+    ),
     "xla": dispatch.runs_anywhere,
     "reference": dispatch.runs_anywhere,
   }
@@ -89,7 +99,7 @@ _IMPLEMENTATIONS = {
 }
 
 
-def _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents):
+def _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, key_bias_BTK):
   (b, t, h, d), k = q_BTHD.shape, k_BTKD.shape[2]
   if k_BTKD.shape != (b, t, k, d) or v_BTKD.shape != (b, t, k, d):
     raise ValueError(f"k and v must be {(b, t, k, d)}, got {k_BTKD.shape} and {v_BTKD.shape}")
@@ -99,6 +109,8 @@ def _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents):
     )
   if h % k:
     raise ValueError(f"{h} query heads do not group over {k} key heads")
+  if key_bias_BTK is not None and key_bias_BTK.shape != (b, t, k):
+    raise ValueError(f"biases of keys must be {(b, t, k)}, got {key_bias_BTK.shape}")
   if segments_BT is None:
     return
   if segments_BT.shape != (b, t):
