@@ -1,6 +1,7 @@
 """The front door of the kernels; nothing behind it is imported from outside."""
 
 from pallas_kernels.block_selection.api import choose_block_selection, select_blocks
+from pallas_kernels.block_selection.pooling import Pooling
 from pallas_kernels.block_sparse_attention.api import (
   block_sparse_attention,
   choose_block_sparse_attention,
@@ -15,6 +16,7 @@ from pallas_kernels.full_attention.api import choose_full_attention, full_attent
 __all__ = [
   "CannotRunError",
   "Choice",
+  "Pooling",
   "block_sparse_attention",
   "choose_block_selection",
   "choose_block_sparse_attention",

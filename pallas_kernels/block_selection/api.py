@@ -40,6 +40,7 @@ def select_blocks(
   num_initial: int = 0,
   num_local: int = 1,
   pooling: Pooling | None = None,
+  normalizer: Pooling | None = None,
   key_score_BSK: Float[Array, "B S K"] | None = None,
   num_by_query: int | None = None,
   implementation: SelectionImplementation | None = None,
@@ -54,6 +55,12 @@ def select_blocks(
   scores are decided for the lower block. With whole blocks as windows this is the selection
   of SSA (arXiv:2511.20102, section 4.1 and released code), with `pooling.infllm_v2` that of
   InfLLM-V2 (arXiv:2509.24663).
+
+  With a normaliser, exponentials are divided by their sum over other, coarser windows in place
+  of their own: fewer products in the first of a kernel's two passes. InfLLM-V2 approximates
+  its log-sum-exp so, with windows four times as long and as far apart. What the sum misses is
+  nearly a constant factor of each head, which ranks no block. A query that sees no such window
+  takes its own sum; the paper leaves that open.
 
   With scores of keys, queries choose `num_by_query` blocks so, forced ones among them. Then
   the rest is chosen by the blocks' mean scores of keys, pooled over the same windows: the
@@ -78,6 +85,8 @@ def select_blocks(
       latter is what SSA's released kernel computes where block_size = M.
     num_initial, num_local: forced blocks.
     pooling: windows; None is whole blocks.
+    normalizer: windows that the softmax is normalised over (size and stride alone matter);
+      None is those of `pooling`. `mosaic_gpu` takes None alone.
     key_score_BSK: of each key (NOSA's importance before the exponential).
     num_by_query: with scores of keys, how many blocks queries choose.
     implementation: `mosaic_gpu` runs on Hopper GPUs, for the dtypes and sizes in its file;
@@ -102,6 +111,7 @@ def select_blocks(
     pooling=poolings.whole_blocks(block_size) if pooling is None else pooling,
     rule=rule,
     scale=q_BTHD.shape[-1] ** -0.5 if scale is None else scale,
+    normalizer=normalizer,
   )
   _check_arrays(problem, query_offset)
   _check_rules(rules, has_key_scores=key_score_BSK is not None)
@@ -113,7 +123,12 @@ def select_blocks(
     return reference.select_blocks(problem, rules)
   choose = _IMPLEMENTATIONS[backend]
   bounds = plan.bounds(problem, rules)
-  chosen = choose(problem, rules, bounds, plan.spans(bounds, rules))
+  spans = plan.spans(bounds, rules)
+  if any(span.slots for span in spans):
+    chosen = choose(problem, rules, bounds, spans)
+  else:  # nothing that queries could choose: their scores are not asked for
+    b, t, _, _ = q_BTHD.shape
+    chosen = [jnp.zeros((b, t, k_BSKD.shape[2], 0), jnp.int32) for _ in spans]
   lists_BTKQ = plan.assemble(chosen, bounds, rules)
   if key_score_BSK is None:
     return lists_BTKQ
@@ -131,6 +146,8 @@ def choose_block_selection(
   num_blocks: int,
   rule: Rule = "exact",
   pooling: Pooling | None = None,
+  normalizer: Pooling | None = None,
+  num_by_query: int | None = None,
   implementation: SelectionImplementation | None = None,
 ) -> dispatch.Choice:
   """What `select_blocks` runs for such arrays on the first device, and why.
@@ -146,12 +163,13 @@ def choose_block_selection(
   rules = Rules(
     block_size=block_size,
     num_blocks=num_blocks,
-    num_by_query=num_blocks,
+    num_by_query=num_blocks if num_by_query is None else num_by_query,
     num_initial=0,
     num_local=1,
     pooling=poolings.whole_blocks(block_size) if pooling is None else pooling,
     rule=rule,
     scale=1.0,
+    normalizer=normalizer,
   )
   return _choose(problem, rules, implementation)
 
@@ -198,6 +216,9 @@ def _check_rules(rules: Rules, *, has_key_scores: bool) -> None:
     )
   if min(pooling.size, pooling.stride, pooling.count) < 1 or size % pooling.stride:
     raise ValueError(f"windows {pooling} do not divide blocks of {size} keys into strides")
+  normalizer = rules.normalizer
+  if normalizer is not None and min(normalizer.size, normalizer.stride) < 1:
+    raise ValueError(f"windows {normalizer} to normalise over have no size or no stride")
   if has_key_scores and pooling.reach() > rules.num_local * size + 1:
     raise ValueError(
       f"windows {pooling} reach {pooling.reach()} keys from the beginning of a block, beyond "

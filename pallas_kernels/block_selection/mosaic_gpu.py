@@ -69,6 +69,8 @@ def why_not(problem: Problem, rules: Rules) -> str | None:
     return f"takes head sizes {HEAD_DIMS}, not {q_BTHD.shape[-1]}"
   if heads > 32:
     return f"takes up to 32 query heads per key head, not {heads}"
+  if rules.normalizer is not None:
+    return f"normalises over the windows it scores alone, not over {rules.normalizer}"
   if pooling.count > HALO or abs(pooling.first) > HALO:
     return f"takes up to {HALO} windows per block, next to it, not {pooling}"
   num_slots = mosaic_top.LANES * -(-rules.num_by_query // mosaic_top.LANES)
