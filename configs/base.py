@@ -38,7 +38,8 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.attention = dict(
     method="full",  # a key of sparsejax.attention.METHODS: what training runs
-    sparse_method="moba",  # the sparse side of `ssa`, and of `full` when run sparse
+    # the sparse side of `ssa`, and of `full` when run sparse:
+    sparse_method="moba",  # moba | infllmv2 | dma | ed_dma | nosa
     block_size=16,  # keys per block
     num_blocks=16,  # blocks a query reads, its own included
     selection="exact",  # exact: the best blocks | half_local: as SSA's released kernel
@@ -58,6 +59,21 @@ def get_config() -> ml_collections.ConfigDict:
     align_direction="both",
     align_after_gate=True,  # as the released code; False is the paper's Algorithm 1
     coin="step",  # step: one toss for all layers | layer: one toss per layer
+  )
+  c.infllmv2 = dict(  # read by infllmv2, nosa, dma and ed_dma
+    num_initial=1,  # blocks at the beginning of a document that every query reads
+    num_local=4,  # blocks near by that every query reads
+    local_window="paper",  # paper: its own is one of them | released: one more than they are
+    window_size=8,  # keys of a window, whose mean is scored: half a block
+    window_stride=4,  # keys from one window to the next: a quarter of a block
+    num_windows=5,  # a block scores as the best of so many windows,
+    first_window="paper",  # from its first on (paper) or the one before (released)
+    normalizer="windows",  # of the windows' softmax; coarse: of windows 4 times as long
+    dense_length=0,  # rows of fewer tokens run full attention
+  )
+  c.nosa = dict(  # read by nosa only
+    num_query_aware=4,  # blocks that a query chooses, beside those that every query reads
+    eviction_head="ed_dma",  # ed_dma | dma: scores of keys are exponentiated, as in DMA
   )
   c.loss = dict(
     z_loss_weight=0.0,  # weight of the squared log-normaliser of the logits

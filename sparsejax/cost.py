@@ -2,6 +2,7 @@
 
 import jax
 
+from sparsejax import attention as methods
 from sparsejax import model
 from sparsejax.attention import method
 
@@ -54,16 +55,21 @@ def train_flops_per_token(
 
   Matrix products count two per multiply-add and three passes (forward, and two products in
   the backward pass); what is recomputed to save memory does not count. Attention counts the
-  keys that are read under the causal mask and the block lists, of both streams for SSA, and
-  the scores of pooled keys, forward only.
+  keys that are read under the causal mask and the block lists, of both streams for SSA, the
+  scores of pooled keys, forward only, and an eviction head.
   """
+  sparse = methods.sparse_method(options)
   per_layer = 0.0
-  if options.method in ("full", "ssa"):
+  if options.method == "full" or sparse.is_dense(options, sequence_length):
     per_layer += 3 * _attention(shape, mean_keys_full(sequence_length))
-  if options.method != "full":
+  else:
+    if options.method == "ssa":
+      per_layer += 3 * _attention(shape, mean_keys_full(sequence_length))
     per_layer += 3 * _attention(shape, mean_keys_sparse(sequence_length, options))
-    num_scores = mean_keys_full(sequence_length) / options.block_size
+    num_scores = mean_keys_full(sequence_length) * sparse.scores_per_key(options)
     per_layer += _attention(shape, num_scores) / 2
+  if options.method != "full" and sparse.has_key_scores:
+    per_layer += 3 * 2.0 * shape.head_dim * shape.num_key_value_heads**2
   return 3 * _matrices(shape) + shape.num_hidden_layers * per_layer
 
 

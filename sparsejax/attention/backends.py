@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from sparsejax import errors
+from sparsejax import attention, errors
 from sparsejax.attention import method
 
 
@@ -61,6 +61,15 @@ class _Questions:
       return jax.ShapeDtypeStruct((1, length, *shape), dtype)
 
     self._options = options
+    sparse = attention.sparse_method(options)
+    self._rules = sparse.selection(options, length)
+    bias_BTK = array(num_kv_heads, dtype=jnp.float32)
+    self._sparse_bias, self._full_bias, self._both_bias = {}, {}, {}
+    if sparse.has_key_scores:
+      self._sparse_bias = dict(key_bias_BSK=bias_BTK)
+      self._both_bias = dict(key_bias_BTK=bias_BTK)
+    if sparse.has_key_scores and options.method != "full":
+      self._full_bias = self._both_bias
     k_BTKD = array(num_kv_heads, head_dim)
     self._qkv = array(num_heads, head_dim), k_BTKD, k_BTKD
     self._blocks_BTKM = array(num_kv_heads, options.num_listed(length), dtype=jnp.int32)
@@ -74,6 +83,7 @@ class _Questions:
       segments_BT=self._full_segments_BT,
       max_documents=self._options.max_documents,
       implementation=self._options.full_backend,
+      **self._full_bias,
     )
 
   def block_selection(self) -> pallas_kernels.Choice:
@@ -83,8 +93,8 @@ class _Questions:
       k_BTKD,
       block_size=self._options.block_size,
       num_blocks=self._blocks_BTKM.shape[-1],
-      rule=self._options.selection,
       implementation=self._options.selection_backend,
+      **self._rules,
     )
 
   def block_sparse_attention(self) -> pallas_kernels.Choice:
@@ -94,6 +104,7 @@ class _Questions:
       block_size=self._options.block_size,
       segments_BS=self._sparse_segments_BT,
       implementation=self._options.sparse_backend,
+      **self._sparse_bias,
     )
 
   def dual_path_attention(self) -> pallas_kernels.Choice:
@@ -106,6 +117,7 @@ class _Questions:
       max_documents=self._options.max_documents,
       full_implementation=self._options.full_backend,
       sparse_implementation=self._options.sparse_backend,
+      **self._both_bias,
     )
 
 

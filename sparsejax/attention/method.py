@@ -31,6 +31,7 @@ STREAMS = ("train", "full", "sparse")
 HEADS: sharding.Axes = ("batch", None, "heads", None)
 KV_HEADS: sharding.Axes = ("batch", None, "kv_heads", None)
 SEGMENTS: sharding.Axes = ("batch", None)
+KEY_SCORES: sharding.Axes = ("batch", None, "kv_heads")
 
 
 @flax.struct.dataclass
@@ -76,6 +77,7 @@ class Options:
     full_implementation, sparse_implementation: `auto` for what `kernels` says, or a backend
       by name.
     ssa: settings of SSA.
+    infllmv2, nosa: settings of the methods that read those sections.
     max_documents: documents that a row may hold; cuDNN's packed form needs to know.
   """
 
@@ -90,6 +92,8 @@ class Options:
   full_implementation: str
   sparse_implementation: str
   ssa: "SsaOptions"
+  infllmv2: "InfllmV2Options"
+  nosa: "NosaOptions"
   max_documents: int
 
   @property
@@ -144,6 +148,58 @@ class SsaOptions:
   align_direction: str
   align_after_gate: bool
   coin: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InfllmV2Options:
+  """Settings of InfLLM-V2, NOSA and DMA; keys and defaults of `infllmv2` in configs/base.py.
+
+  Attributes:
+    num_initial: blocks at the beginning of a document that every query reads.
+    num_local: blocks near by that every query reads.
+    local_window: `paper` counts the query's own block among them; `released` does not.
+    window_size, window_stride: keys of a window, and from one window to the next.
+    num_windows: windows whose largest score is a block's.
+    first_window: `paper` takes windows from the first that begins in the block on, the last
+      of which lies in the next block (as printed, with half-blocks every quarter);
+      `released` from the one before it, all of which lie over the block.
+    normalizer: of the softmax of scores: `windows`, or `coarse` for the log-sum-exp of
+      windows four times as long.
+    dense_length: rows of fewer tokens are read whole.
+  """
+
+  num_initial: int
+  num_local: int
+  local_window: str
+  window_size: int
+  window_stride: int
+  num_windows: int
+  first_window: str
+  normalizer: str
+  dense_length: int
+
+  @property
+  def num_local_blocks(self) -> int:
+    """Local blocks, the query's own included."""
+    return self.num_local + (self.local_window == "released")
+
+  @property
+  def num_forced(self) -> int:
+    """Blocks that every query reads, where there are so many."""
+    return self.num_initial + self.num_local_blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NosaOptions:
+  """Settings of NOSA; the keys and defaults of `nosa` in configs/base.py.
+
+  Attributes:
+    num_query_aware: blocks that a query chooses, k_q; forced ones are not among them.
+    eviction_head: `ed_dma` or `dma` (see `eviction.EvictionHead`).
+  """
+
+  num_query_aware: int
+  eviction_head: str
 
 
 class SparseMethod(nn.Module):

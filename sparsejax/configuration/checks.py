@@ -20,6 +20,10 @@ CHOICES = {
   "ssa.align_loss": ("smooth_l1", "l2"),
   "ssa.align_direction": ("both", "full_follows_sparse", "sparse_follows_full"),
   "ssa.coin": ("step", "layer"),
+  "infllmv2.local_window": ("paper", "released"),
+  "infllmv2.first_window": ("paper", "released"),
+  "infllmv2.normalizer": ("windows", "coarse"),
+  "nosa.eviction_head": ("ed_dma", "dma"),
   "optimizer.schedule": tuple(optimizer.SCHEDULES),
 }
 
@@ -36,6 +40,10 @@ AT_LEAST_ONE = (
   "model.vocab_size",
   "attention.block_size",
   "attention.num_blocks",
+  "infllmv2.num_local",
+  "infllmv2.window_size",
+  "infllmv2.window_stride",
+  "infllmv2.num_windows",
   "loss.chunk_length",
   "data.sequence_length",
   "data.batch_size",
@@ -46,6 +54,11 @@ AT_LEAST_ONE = (
   "train.keep_latest",
   "train.max_nonfinite_steps",
 )
+
+AT_LEAST_ZERO = ("infllmv2.num_initial", "infllmv2.dense_length", "nosa.num_query_aware")
+
+# Methods that read the section `infllmv2`.
+WITH_FORCED_BLOCKS = ("infllmv2", "dma", "ed_dma", "nosa")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -58,6 +71,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     *_single_keys(config),
     *_model(config),
     *_attention(config),
+    *_forced_blocks(config),
     *_training(config),
   ]
   if problems:
@@ -72,6 +86,9 @@ def _single_keys(config) -> Iterator[str]:
   for key in AT_LEAST_ONE:
     if _get(config, key) < 1:
       yield f"{key}={_get(config, key)} must be at least 1."
+  for key in AT_LEAST_ZERO:
+    if _get(config, key) < 0:
+      yield f"{key}={_get(config, key)} must be at least 0."
   if not 0.0 <= config.ssa.full_ratio <= 1.0:
     yield f"ssa.full_ratio={config.ssa.full_ratio} is a probability: from 0 to 1."
 
@@ -118,6 +135,56 @@ def _attention(config) -> Iterator[str]:
           f"attention.kernels='strict' forbids {key}={_get(config, key)!r}, which is no GPU "
           f"kernel; set {key} to 'auto', or attention.kernels."
         )
+
+
+def _forced_blocks(config) -> Iterator[str]:
+  """Of what selects blocks, if that forces some: whether they, and its windows, fit."""
+  key = "attention.method"
+  if config.attention.method not in attention.SPARSE_METHODS:
+    key = "attention.sparse_method"
+  name, forced = _get(config, key), config.infllmv2
+  if name not in WITH_FORCED_BLOCKS:
+    return
+  if config.attention.selection != "exact":
+    yield (
+      f"attention.selection={config.attention.selection!r} is a rule of moba's; {key}={name!r} "
+      "selects by 'exact' alone, so set that."
+    )
+  block, num_blocks = config.attention.block_size, config.attention.num_blocks
+  local = forced.num_local + (forced.local_window == "released")
+  needed = [("initial", forced.num_initial), ("local", local)]
+  if name == "nosa":
+    # The block that `released` adds is one of those that the query would choose.
+    rest = config.nosa.num_query_aware - (local - forced.num_local)
+    needed.append(("query-aware", max(0, rest)))
+  total = sum(number for _, number in needed)
+  if total > num_blocks:
+    parts = " + ".join(f"{number} {what}" for what, number in needed)
+    lower = " or nosa.num_query_aware" if name == "nosa" else ""
+    yield (
+      f"attention.num_blocks={num_blocks} has no room for the {parts} blocks of "
+      f"{key}={name!r}; take at least {total}, or lower infllmv2.num_local{lower}."
+    )
+  size, stride = forced.window_size, forced.window_stride
+  if stride < 1 or block < 1:
+    return
+  if block % stride:
+    fits = [n for n in range(1, block + 1) if block % n == 0]
+    yield (
+      f"infllmv2.window_stride={stride} does not divide attention.block_size={block}; take "
+      f"{_or(fits)}."
+    )
+    return
+  # Scores of keys that a query must not know of are those of forced blocks alone.
+  first = -1 if forced.first_window == "released" else 0
+  reach = (first + forced.num_windows - 1) * stride + size
+  least = -(-(reach - 1) // block)
+  if name != "infllmv2" and local < least:
+    yield (
+      f"infllmv2.num_local={forced.num_local} is too few for {key}={name!r}: the windows of a "
+      f"block reach {reach} keys from its beginning, beyond what a query sees of it; take at "
+      f"least {least - (local - forced.num_local)}, or fewer or shorter windows."
+    )
 
 
 def _training(config) -> Iterator[str]:

@@ -23,7 +23,9 @@ PACKAGES = (
 
 # Keys that change what a resumed run would compute. The rest (logging, saving, meshes,
 # reading) may differ from one start to the next.
-DECISIVE = ("seed", "model", "attention", "ssa", "loss", "data", "optimizer", "train")
+DECISIVE = (
+  "seed", "model", "attention", "ssa", "infllmv2", "nosa", "loss", "data", "optimizer", "train",
+)  # fmt: skip
 INDIFFERENT = (
   "model.remat",
   "attention.kernels",
