@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax import attention, losses, model, parameters, sharding
+from sparsejax import attention, errors, losses, model, parameters, sharding
 from sparsejax.configuration import build
 from tests import small
 
@@ -215,6 +215,19 @@ def test_weights_are_divided_as_the_rules_say():
   assert attn["q_proj"]["kernel"] == (None, "fsdp", "tensor", None)
   assert attn["o_proj"]["kernel"] == (None, "tensor", None, "fsdp")
   assert mlp["down_proj"]["kernel"] == (None, "tensor", "fsdp")
+
+
+def test_a_budget_without_room_for_forced_blocks_is_refused():
+  nosa = small.make_model(
+    attention__method="ssa", attention__sparse_method="nosa", infllmv2__num_local=2
+  )
+  # Two local ones and one that the query chooses.
+  assert build.with_budget(nosa, 24).options.num_blocks == 3
+  with pytest.raises(
+    errors.ConfigError,
+    match=r"a budget of 16 keys is 2 blocks of 8, fewer than the 3 that .* take at least 24",
+  ):
+    build.with_budget(nosa, 16)
 
 
 def test_a_budget_changes_the_blocks_and_nothing_else():
