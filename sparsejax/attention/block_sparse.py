@@ -3,8 +3,6 @@
 Letters: B batch, T tokens, H query heads, K key/value heads, D head size, M blocks listed.
 """
 
-from typing import Any, ClassVar
-
 import jax
 import jax.numpy as jnp
 
@@ -17,39 +15,9 @@ from sparsejax.attention.method import HEADS, KEY_SCORES, KV_HEADS, SEGMENTS
 class BlockSparse(method.SparseMethod):
   """Block-sparse attention; run full, it reads every earlier key.
 
-  A method says what sets it apart: how blocks are chosen, and, if it scores keys whoever
-  asks, by what; those scores are also biases of the keys, in both streams.
-
-  Attributes:
-    has_key_scores: whether there are such scores.
+  A method says what sets it apart: how blocks are chosen (`selection`) and, if it has them,
+  what its scores of keys are.
   """
-
-  has_key_scores: ClassVar[bool] = False
-
-  @classmethod
-  def selection(cls, options: method.Options, length: int) -> dict[str, Any]:
-    """How `pallas_kernels.select_blocks` is called for rows of so many tokens.
-
-    Without what every method gives it: arrays, block size, M, documents, implementation.
-    """
-    raise NotImplementedError
-
-  @classmethod
-  def scores_per_key(cls, options: method.Options) -> float:
-    """Products of a query head with means of keys that selection takes, per earlier key."""
-    raise NotImplementedError
-
-  @classmethod
-  def least_blocks(cls, options: method.Options) -> int:
-    """Blocks that lists must have room for; 0 where only the query's own is forced."""
-    del options
-    return 0
-
-  @classmethod
-  def is_dense(cls, options: method.Options, length: int) -> bool:
-    """Whether rows of so many tokens run the full stream, whatever was asked for."""
-    del options, length
-    return False
 
   def key_scores(self, v_BTKD) -> jax.Array | None:
     """Scores of keys, float32 [B, T, K]; None for a method without."""

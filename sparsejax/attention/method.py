@@ -15,7 +15,7 @@ Letters: B batch, T tokens, H query heads, K key/value heads, D head size, M blo
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from flax import linen as nn
 import flax.struct
@@ -203,9 +203,42 @@ class NosaOptions:
 
 
 class SparseMethod(nn.Module):
-  """A method that selects blocks itself: an entry of `SPARSE_METHODS`."""
+  """A method that selects blocks itself: an entry of `SPARSE_METHODS`.
+
+  What is asked of it before it runs (backends, cost, budgets) has MoBA's answers here.
+
+  Attributes:
+    has_key_scores: whether keys have scores whoever asks, which are biases in both streams.
+  """
 
   options: Options
+  has_key_scores: ClassVar[bool] = False
+
+  @classmethod
+  def selection(cls, options: Options, length: int) -> dict[str, Any]:
+    """How `pallas_kernels.select_blocks` is called for rows of so many tokens.
+
+    Without what every method gives it: arrays, block size, M, documents, implementation.
+    """
+    del length
+    return dict(rule=options.selection)
+
+  @classmethod
+  def scores_per_key(cls, options: Options) -> float:
+    """Products of a query head with means of keys that selection takes, per earlier key."""
+    return 1 / options.block_size
+
+  @classmethod
+  def least_blocks(cls, options: Options) -> int:
+    """Blocks that lists must have room for; 0 where only the query's own is forced."""
+    del options
+    return 0
+
+  @classmethod
+  def is_dense(cls, options: Options, length: int) -> bool:
+    """Whether rows of so many tokens run the full stream, whatever was asked for."""
+    del options, length
+    return False
 
   def both(self, q_BTHD, k_BTKD, v_BTKD, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     """Outputs of the full and of the sparse stream, [B, T, H, D], for SSA to compare."""
