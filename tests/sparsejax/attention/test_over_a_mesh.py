@@ -46,12 +46,13 @@ def make_gradient(transformer, stream):
   return jax.jit(jax.grad(loss))
 
 
-def trace(mesh, stream, kernels):
+def trace(mesh, stream, kernels, **changes):
   transformer = small.make_model(
     model__head_dim=D,
     model__dtype="bfloat16",
     attention__block_size=16,
     attention__kernels=kernels,
+    **changes,
   )
   params = parameters.abstract(transformer, mesh)
   batch = jax.tree.map(
@@ -100,6 +101,24 @@ def test_gpus_run_kernels_on_their_own_rows_and_heads(hopper, stream, sizes, ker
   assert {shape for _, shapes in calls for shape in shapes} == own
   # Lowering takes long; that `auto` traces as many kernels is enough.
   assert count_kernels(trace(mesh, stream, "auto")) == count_kernels(strict)
+
+
+@pytest.mark.skipif(
+  jax.devices()[0].platform == "gpu", reason="pretends to have eight GPUs that it has not"
+)
+def test_a_bias_leaves_everything_on_kernels(hopper):
+  """SSA over NOSA: full attention, selection and sparse attention, and their gradients."""
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  changes = dict(attention__sparse_method="nosa", infllmv2__num_windows=7)
+  text = trace(mesh, "train", "strict", **changes).lower(lowering_platforms=("cuda",)).as_text()
+  # The bias comes to cuDNN as eight further channels of a device's own rows and heads.
+  calls = [line for line in text.splitlines() if "custom_call @__cudnn" in line]
+  assert calls
+  for call in calls:
+    assert f"tensor<{ROWS // 4}x{T}x{K // 2}x{D + 8}xbf16>" in call
+    assert f"x{T}x{T}x" not in call
+  # Selection, attention, and its two gradients.
+  assert text.count("custom_call @mosaic_gpu") >= 4
 
 
 # Of the other streams, those that no method trains on, with and without a bias.
