@@ -42,7 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
     sparse_method="moba",  # moba | infllmv2 | dma | ed_dma | nosa
     block_size=16,  # keys per block
     num_blocks=16,  # blocks a query reads, its own included
-    selection="exact",  # exact: the best blocks | half_local: as SSA's released kernel
+    # exact: the best blocks | half_local: as SSA's released kernel, for moba alone
+    selection="exact",
     document_mask="both",  # streams that stop at documents: both | full | none
     gate=True,  # a sigmoid gate per head and token on the attention output
     # auto: cuDNN and mosaic_gpu where they can run, else xla (a run's first lines say which)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors
+from sparsejax import attention, errors
 from sparsejax.evaluation import subject as subjects
 
 # Neighbouring queries whose lists are joined.
@@ -39,8 +39,16 @@ def choose(subject: subjects.Subject) -> np.ndarray:
   """The lists of the first validation row, int32 [layers, T, K, M], -1 for empty slots.
 
   Raises:
+    ConfigError: rows are too short for the method to choose anything.
     DataError: no source has a validation split.
   """
+  options, length = subject.transformer.options, subject.config.data.sequence_length
+  if attention.sparse_method(options).is_dense(options, length):
+    threshold = options.infllmv2.dense_length
+    raise errors.ConfigError(
+      f"rows of {length} tokens are below infllmv2.dense_length={threshold} and read whole, so "
+      "that there are no lists; take longer ones with --sequence_length."
+    )
   sources = [source for source in subject.corpus.sources if source.validation]
   if not sources:
     raise errors.DataError(
