@@ -42,11 +42,13 @@ def get_config() -> ml_collections.ConfigDict:
     # their number, as ("sliding_window", "sliding_window", "full"). A layer that is `full` by
     # these stays so under sparse inference. (): all layers run `method`.
     layer_methods=(),
-    sparse_method="moba",  # the sparse side of `ssa`, and of `full` when run sparse
+    # the sparse side of `ssa`, and of `full` when run sparse:
+    sparse_method="moba",  # moba | infllmv2 | dma | ed_dma | nosa | nsa | sliding_window
     block_size=16,  # keys per block
     num_blocks=16,  # blocks a query reads, its own included
     window=512,  # keys a query reads of `sliding_window`, its own included
-    selection="exact",  # exact: the best blocks | half_local: as SSA's released kernel
+    # exact: the best blocks | half_local: as SSA's released kernel, for moba and nsa alone
+    selection="exact",
     document_mask="both",  # streams that stop at documents: both | full | none
     gate=True,  # a sigmoid gate per head and token on the attention output
     # auto: cuDNN and mosaic_gpu where they can run, else xla (a run's first lines say which)
@@ -74,6 +76,21 @@ def get_config() -> ml_collections.ConfigDict:
     num_local=2,  # and the last, the query's own among them
     window=512,  # keys a query reads of the sliding window, its own included
     kv="separate",  # separate: keys and values of its own per branch (the paper) | shared
+  )
+  c.infllmv2 = dict(  # read by infllmv2, nosa, dma and ed_dma
+    num_initial=1,  # blocks at the beginning of a document that every query reads
+    num_local=4,  # blocks near by that every query reads
+    local_window="paper",  # paper: its own is one of them | released: one more than they are
+    window_size=8,  # keys of a window, whose mean is scored: half a block
+    window_stride=4,  # keys from one window to the next: a quarter of a block
+    num_windows=5,  # a block scores as the best of so many windows,
+    first_window="paper",  # from its first on (paper) or the one before (released)
+    normalizer="windows",  # of the windows' softmax; coarse: of windows 4 times as long
+    dense_length=0,  # rows of fewer tokens run full attention
+  )
+  c.nosa = dict(  # read by nosa only
+    num_query_aware=4,  # blocks that a query chooses, beside those that every query reads
+    eviction_head="ed_dma",  # ed_dma | dma: scores of keys are exponentiated, as in DMA
   )
   c.loss = dict(
     z_loss_weight=0.0,  # weight of the squared log-normaliser of the logits

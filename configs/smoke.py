@@ -21,6 +21,8 @@ def get_config():
     remat="none",
   )
   c.attention.update(method="ssa", block_size=16, num_blocks=4)
+  c.infllmv2.update(num_initial=0, num_local=2)
+  c.nosa.num_query_aware = 1
   c.loss.chunk_length = 256
   c.data.update(sources=("stdlib",), sequence_length=256, batch_size=16)
   c.optimizer.update(peak_lr=3e-3, warmup_steps=20)

@@ -55,7 +55,8 @@ def train_flops_per_token(
   Matrix products count two per multiply-add and three passes (forward, and two products in
   the backward pass); what is recomputed to save memory does not count. Attention counts the
   keys that are read under the causal mask, the block lists and the window, of both streams for
-  SSA and of all branches for NSA, and the scores of pooled keys, forward only.
+  SSA and of all branches for NSA, the scores of pooled keys, forward only, and an eviction
+  head.
   """
   layers = [options.of_layer(place) for place in range(len(options.pattern))]
   per_period = sum(_layer(shape, own, sequence_length) for own in layers)
@@ -64,12 +65,18 @@ def train_flops_per_token(
 
 def _layer(shape: model.Shape, options: method.Options, sequence_length: int) -> float:
   """Operations of one layer's attention per token, forward and backward."""
-  total = 0.0
-  if options.method in ("full", "ssa"):
-    total += 3 * _attention(shape, mean_keys_full(sequence_length))
-  if options.method != "full":
-    sparse = _SPARSE[attention.sparse_name(options)]
-    total += sparse(shape, options, sequence_length)
+  full = 3 * _attention(shape, mean_keys_full(sequence_length))
+  if options.method == "full":
+    return full
+  sparse = attention.sparse_method(options)
+  if sparse.is_dense(options, sequence_length):
+    total = full
+  else:
+    total = full if options.method == "ssa" else 0.0
+    stream = _STREAMS.get(attention.sparse_name(options), _listed)
+    total += stream(shape, options, sequence_length)
+  if sparse.has_key_scores:
+    total += 3 * 2.0 * shape.head_dim * shape.num_key_value_heads**2
   return total
 
 
@@ -112,10 +119,10 @@ def mean_windows(sequence_length: int, size: int, stride: int) -> float:
   return seen / sequence_length
 
 
-def _moba(shape: model.Shape, options: method.Options, sequence_length: int) -> float:
+def _listed(shape: model.Shape, options: method.Options, sequence_length: int) -> float:
   read = 3 * _attention(shape, mean_keys_sparse(sequence_length, options))
-  num_scores = mean_keys_full(sequence_length) / options.block_size
-  return read + _attention(shape, num_scores) / 2
+  per_key = attention.sparse_method(options).scores_per_key(options)
+  return read + _attention(shape, mean_keys_full(sequence_length) * per_key) / 2
 
 
 def _sliding_window(shape: model.Shape, options: method.Options, sequence_length: int) -> float:
@@ -139,8 +146,8 @@ def _nsa(shape: model.Shape, options: method.Options, sequence_length: int) -> f
 
 
 # Operations of a sparse stream per token and layer, forward and backward, and of the matrix
-# products that it has more than other methods.
-_SPARSE = {"moba": _moba, "nsa": _nsa, "sliding_window": _sliding_window}
+# products that it has more than other methods; of those that are not `_listed`.
+_STREAMS = {"nsa": _nsa, "sliding_window": _sliding_window}
 
 
 def _matrices(shape: model.Shape) -> float:

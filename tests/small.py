@@ -25,6 +25,8 @@ def make_config(**changes):
   )
   c.attention.update(block_size=8, num_blocks=3, window=12)
   c.nsa.update(compress_length=8, compress_stride=4, num_local=1, window=12)
+  # Windows within a block: one forced block is enough for all that a query cannot see.
+  c.infllmv2.update(num_local=1, window_size=4, window_stride=2, num_windows=3)
   c.loss.chunk_length = 24
   c.data.update(sequence_length=64, batch_size=8)
   c.optimizer.update(warmup_steps=2)

@@ -40,6 +40,7 @@ def select_blocks(
   num_initial: int = 0,
   num_local: int = 1,
   pooling: Pooling | None = None,
+  normalizer: Pooling | None = None,
   key_score_BSK: Float[Array, "B S K"] | None = None,
   num_by_query: int | None = None,
   window_keys_BWKD: Float[Array, "B W K D"] | None = None,
@@ -56,6 +57,12 @@ def select_blocks(
   this is the selection of SSA (arXiv:2511.20102, section 4.1 and released code), with
   `pooling.infllm_v2` that of InfLLM-V2 (arXiv:2509.24663), with `pooling.nsa_windows` and
   `window_keys` that of NSA (arXiv:2502.11089, equations 8 to 11).
+
+  With a normaliser, exponentials are divided by their sum over other, coarser windows in place
+  of their own: fewer products in the first of a kernel's two passes. InfLLM-V2 approximates
+  its log-sum-exp so, with windows four times as long and as far apart. What the sum misses is
+  nearly a constant factor of each head, which ranks no block. A query that sees no such window
+  takes its own sum; the paper leaves that open.
 
   With scores of keys, queries choose `num_by_query` blocks so, forced ones among them. Then
   the rest is chosen by the blocks' mean scores of keys, pooled over the same windows: the
@@ -80,6 +87,8 @@ def select_blocks(
       latter is what SSA's released kernel computes where block_size = M.
     num_initial, num_local: forced blocks.
     pooling: windows; None is whole blocks.
+    normalizer: windows that the softmax is normalised over (size and stride alone matter);
+      None is those of `pooling`. `mosaic_gpu` takes None alone.
     key_score_BSK: of each key (NOSA's importance before the exponential).
     num_by_query: with scores of keys, how many blocks queries choose.
     window_keys_BWKD: what queries are compared with in place of the windows' means, such as
@@ -111,9 +120,10 @@ def select_blocks(
     pooling=poolings.whole_blocks(block_size) if pooling is None else pooling,
     rule=rule,
     scale=q_BTHD.shape[-1] ** -0.5 if scale is None else scale,
+    normalizer=normalizer,
   )
   _check_arrays(problem, query_offset)
-  _check_windows(problem, rules.pooling)
+  _check_windows(problem, rules)
   _check_rules(rules, has_key_scores=key_score_BSK is not None)
   if (key_score_BSK is None) != (num_by_query is None):
     raise ValueError("key_score and num_by_query belong together; give both or neither")
@@ -123,7 +133,12 @@ def select_blocks(
     return reference.select_blocks(problem, rules)
   choose = _IMPLEMENTATIONS[backend]
   bounds = plan.bounds(problem, rules)
-  chosen = choose(problem, rules, bounds, plan.spans(bounds, rules))
+  spans = plan.spans(bounds, rules)
+  if any(span.slots for span in spans):
+    chosen = choose(problem, rules, bounds, spans)
+  else:  # nothing that queries could choose: their scores are not asked for
+    b, t, _, _ = q_BTHD.shape
+    chosen = [jnp.zeros((b, t, k_BSKD.shape[2], 0), jnp.int32) for _ in spans]
   lists_BTKQ = plan.assemble(chosen, bounds, rules)
   if key_score_BSK is None:
     return lists_BTKQ
@@ -140,7 +155,11 @@ def choose_block_selection(
   block_size: int,
   num_blocks: int,
   rule: Rule = "exact",
+  num_initial: int = 0,
+  num_local: int = 1,
   pooling: Pooling | None = None,
+  normalizer: Pooling | None = None,
+  num_by_query: int | None = None,
   implementation: SelectionImplementation | None = None,
 ) -> dispatch.Choice:
   """What `select_blocks` runs for such arrays on the first device, and why.
@@ -156,12 +175,13 @@ def choose_block_selection(
   rules = Rules(
     block_size=block_size,
     num_blocks=num_blocks,
-    num_by_query=num_blocks,
-    num_initial=0,
-    num_local=1,
+    num_by_query=num_blocks if num_by_query is None else num_by_query,
+    num_initial=num_initial,
+    num_local=num_local,
     pooling=poolings.whole_blocks(block_size) if pooling is None else pooling,
     rule=rule,
     scale=1.0,
+    normalizer=normalizer,
   )
   return _choose(problem, rules, implementation)
 
@@ -193,8 +213,9 @@ def _check_arrays(problem: Problem, query_offset) -> None:
     raise ValueError(f"scores of keys must be {(b, s, k)}, got {key_score_BSK.shape}")
 
 
-def _check_windows(problem: Problem, pooling: Pooling) -> None:
+def _check_windows(problem: Problem, rules: Rules) -> None:
   (b, s, k, d), keys_BWKD = problem.k_BSKD.shape, problem.window_keys_BWKD
+  pooling = rules.pooling
   wanted = b, pooling.num_windows(s), k, d
   if keys_BWKD is not None and keys_BWKD.shape != wanted:
     raise ValueError(f"keys of windows must be {wanted}, got {keys_BWKD.shape}")
@@ -203,6 +224,8 @@ def _check_windows(problem: Problem, pooling: Pooling) -> None:
     raise ValueError(f"{len(weights)} weights for {pooling.count} windows of a block")
   if problem.key_score_BSK is not None and (weights is not None or keys_BWKD is not None):
     raise ValueError("scores of keys go with the largest of mean windows alone")
+  if keys_BWKD is not None and rules.normalizer is not None:
+    raise ValueError("given keys of windows are normalised over these windows alone")
 
 
 def _check_rules(rules: Rules, *, has_key_scores: bool) -> None:
@@ -220,6 +243,9 @@ def _check_rules(rules: Rules, *, has_key_scores: bool) -> None:
     )
   if min(pooling.size, pooling.stride, pooling.count) < 1 or size % pooling.stride:
     raise ValueError(f"windows {pooling} do not divide blocks of {size} keys into strides")
+  normalizer = rules.normalizer
+  if normalizer is not None and min(normalizer.size, normalizer.stride) < 1:
+    raise ValueError(f"windows {normalizer} to normalise over have no size or no stride")
   if has_key_scores and pooling.reach() > rules.num_local * size + 1:
     raise ValueError(
       f"windows {pooling} reach {pooling.reach()} keys from the beginning of a block, beyond "

@@ -70,6 +70,11 @@ def why_not(problem: Problem, rules: Rules) -> str | None:
     return f"takes up to 32 query heads per key head, not {heads}"
   if pooling.weights is not None:
     return "takes the largest of a block's windows, not their sum"
+  if rules.normalizer is not None:
+    size, stride = rules.normalizer.size, rules.normalizer.stride
+    return (
+      f"normalises over the windows it scores, not over those of {size} keys every {stride}"
+    )
   if pooling.count > HALO or abs(pooling.first) > HALO:
     return f"takes up to {HALO} windows per block, next to it, not {pooling}"
   num_slots = mosaic_top.LANES * -(-rules.num_by_query // mosaic_top.LANES)

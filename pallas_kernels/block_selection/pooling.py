@@ -38,6 +38,10 @@ class Pooling:
     """How many keys the windows of a block reach to, counted from its first key."""
     return (self.first + self.count - 1) * self.stride + self.size
 
+  def coarser(self, factor: int) -> "Pooling":
+    """Windows so many times as long and as far apart, to normalise over."""
+    return Pooling(factor * self.size, factor * self.stride, 0, 1)
+
 
 def whole_blocks(block_size: int) -> Pooling:
   """A block is one window (MoBA, SSA)."""

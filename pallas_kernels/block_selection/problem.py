@@ -41,6 +41,7 @@ class Rules:
       is chosen by key scores. M where there are none.
     num_initial, num_local: forced blocks.
     pooling: windows that represent blocks.
+    normalizer: windows that the softmax is normalised over; None is those of `pooling`.
     rule: `exact` or `half_local`.
     scale: factor on the scores.
   """
@@ -53,6 +54,7 @@ class Rules:
   pooling: poolings.Pooling
   rule: str
   scale: float
+  normalizer: poolings.Pooling | None = None
 
   @property
   def num_free(self) -> int:

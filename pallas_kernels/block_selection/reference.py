@@ -17,18 +17,8 @@ def select_blocks(problem: Problem, rules: Rules) -> jax.Array:
   position_T = jnp.arange(t) + problem.query_offset
   segments_BT = segments_BS[:, position_T]
   pooling, n = rules.pooling, -(-s // rules.block_size)
-  w = max(1, pooling.num_windows(s))
 
-  # Windows, and which of them a query sees.
-  start_W = jnp.arange(w) * pooling.stride
-  last_W = start_W + pooling.size - 1
-  last_segment_BW = segments_BS[:, jnp.minimum(last_W, s - 1)]
-  index_S = jnp.arange(s)
-  in_window_WS = (index_S[None] >= start_W[:, None]) & (index_S[None] <= last_W[:, None])
-  pooled_BWS = in_window_WS[None] & (last_segment_BW[:, :, None] == segments_BS[:, None, :])
-  share_BWS = pooled_BWS / jnp.maximum(pooled_BWS.sum(-1, keepdims=True), 1)
-  same_BTW = segments_BT[:, :, None] == last_segment_BW[:, None, :]
-  seen_BTW = (last_W[None] <= position_T[:, None])[None] & same_BTW
+  share_BWS, seen_BTW = _windows(pooling, segments_BS, position_T)
 
   # Probabilities of windows, summed over the heads of a group.
   keys_BWKD = problem.window_keys_BWKD
@@ -38,13 +28,16 @@ def select_blocks(problem: Problem, rules: Rules) -> jax.Array:
   logits_BTKGW = rules.scale * _einsum_f32("btkgd,bwkd->btkgw", q_BTKGD, keys_BWKD)
   logits_BTKGW = jnp.where(seen_BTW[:, :, None, None], logits_BTKGW, -jnp.inf)
   lse_BTKG1 = jax.nn.logsumexp(logits_BTKGW, axis=-1, keepdims=True)
+  if rules.normalizer is not None:
+    coarse_BTKG1 = _log_normalizer(problem, rules, segments_BS, q_BTKGD)
+    lse_BTKG1 = jnp.where(jnp.isneginf(coarse_BTKG1), lse_BTKG1, coarse_BTKG1)
   lse_BTKG1 = jnp.where(jnp.isneginf(lse_BTKG1), 0.0, lse_BTKG1)
   window_BTKW = jnp.exp(logits_BTKGW - lse_BTKG1).sum(-2)
 
   # Blocks: the largest of their windows, or their weighted sum.
   block_N = jnp.arange(n)
   begin_N = block_N * (rules.block_size // pooling.stride) + pooling.first
-  window_W = jnp.arange(w)
+  window_W = jnp.arange(share_BWS.shape[1])
   of_block_NW = (window_W[None] >= begin_N[:, None]) & (
     window_W[None] < begin_N[:, None] + pooling.count
   )
@@ -86,6 +79,30 @@ def select_blocks(problem: Problem, rules: Rules) -> jax.Array:
   score_BTKN = jnp.where(chosen_BTKN, _CHOSEN, by_key_BTKN)
   score_BTKN = jnp.where(visible_BTN[:, :, None], score_BTKN, -jnp.inf)
   return top_blocks(score_BTKN, rules.num_blocks)
+
+
+def _windows(pooling, segments_BS, position_T):
+  """The share that every key has in every window, and which windows a query sees."""
+  s = segments_BS.shape[1]
+  start_W = jnp.arange(max(1, pooling.num_windows(s))) * pooling.stride
+  last_W = start_W + pooling.size - 1
+  last_segment_BW = segments_BS[:, jnp.minimum(last_W, s - 1)]
+  index_S = jnp.arange(s)
+  in_window_WS = (index_S[None] >= start_W[:, None]) & (index_S[None] <= last_W[:, None])
+  pooled_BWS = in_window_WS[None] & (last_segment_BW[:, :, None] == segments_BS[:, None, :])
+  share_BWS = pooled_BWS / jnp.maximum(pooled_BWS.sum(-1, keepdims=True), 1)
+  same_BTW = segments_BS[:, position_T][:, :, None] == last_segment_BW[:, None, :]
+  return share_BWS, (last_W[None] <= position_T[:, None])[None] & same_BTW
+
+
+def _log_normalizer(problem, rules, segments_BS, q_BTKGD):
+  """The logarithm of the sum over the windows of the normaliser; -inf where none is seen."""
+  position_T = jnp.arange(q_BTKGD.shape[1]) + problem.query_offset
+  share_BWS, seen_BTW = _windows(rules.normalizer, segments_BS, position_T)
+  keys_BWKD = _einsum_f32("bws,bskd->bwkd", share_BWS, problem.k_BSKD)
+  logits_BTKGW = rules.scale * _einsum_f32("btkgd,bwkd->btkgw", q_BTKGD, keys_BWKD)
+  logits_BTKGW = jnp.where(seen_BTW[:, :, None, None], logits_BTKGW, -jnp.inf)
+  return jax.nn.logsumexp(logits_BTKGW, axis=-1, keepdims=True)
 
 
 def top_blocks(score_BTKN, num_blocks):

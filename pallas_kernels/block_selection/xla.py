@@ -4,6 +4,9 @@ Extra shape letter:
   C queries of a stripe
 """
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -22,46 +25,88 @@ def choose(
   b, t, h, _ = problem.q_BTHD.shape
   keys_BWKD = problem.keys_of_windows(rules.pooling)
   num_blocks = -(-problem.k_BSKD.shape[1] // rules.block_size)
+  coarse = _coarse(problem, rules)
   size = max(1, min(t, SCORE_ELEMENTS // (b * h * max(1, keys_BWKD.shape[1]))))
 
   def stripe(part):
-    q_BCHD, bounds, spans = part
-    score_BCKN = scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks)
+    q_BCHD, bounds, spans, coarse_bounds = part
+    lse_BCKG1 = None
+    if coarse is not None:
+      lse_BCKG1 = _log_normalizer(q_BCHD, coarse.keys_BWKD, coarse_bounds, rules.scale)
+    score_BCKN = scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks, lse_BCKG1)
     return [
       _best(score_BCKN, *span, slots.slots) for span, slots in zip(spans, whole, strict=True)
     ]
 
   whole = spans
   ranges = [span[:3] for span in spans]
+  arrays = problem.q_BTHD, bounds, ranges, None if coarse is None else coarse.bounds
   if size == t:
-    return stripe((problem.q_BTHD, bounds, ranges))
-  parts = jax.tree.map(lambda x: _to_stripes(x, size), (problem.q_BTHD, bounds, ranges))
+    return stripe(arrays)
+  parts = jax.tree.map(lambda x: _to_stripes(x, size), arrays)
   chosen = jax.lax.map(stripe, parts)
   return [x.swapaxes(0, 1).reshape(b, -1, *x.shape[3:])[:, :t] for x in chosen]
 
 
-def scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks):
-  """Scores of blocks from their windows' probabilities, which are added up over heads."""
-  b, c, h, d = q_BCHD.shape
+def scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks, lse_BCKG1=None):
+  """Scores of blocks from their windows' probabilities, which are added up over heads.
+
+  `lse_BCKG1` is the logarithm of what they are normalised by, -inf for their own sum; None
+  is -inf everywhere.
+  """
+  b, c, _, _ = q_BCHD.shape
   w, k = keys_BWKD.shape[1:3]
   if w == 0:
     return jnp.zeros((b, c, k, num_blocks), jnp.float32)
+  logits_BCKGW = _logits(q_BCHD, keys_BWKD, bounds, rules.scale)
+  largest_BCKG1 = logits_BCKGW.max(-1, keepdims=True)
+  largest_BCKG1 = jnp.where(jnp.isneginf(largest_BCKG1), 0.0, largest_BCKG1)
+  weights_BCKGW = jnp.exp(logits_BCKGW - largest_BCKG1)
+  total_BCKG1 = jnp.maximum(weights_BCKGW.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+  window_BCKGW = weights_BCKGW / total_BCKG1
+  if lse_BCKG1 is not None:
+    by_coarse_BCKGW = jnp.exp(logits_BCKGW - lse_BCKG1)
+    window_BCKGW = jnp.where(jnp.isneginf(lse_BCKG1), window_BCKGW, by_coarse_BCKGW)
+  window_BCKW = window_BCKGW.sum(-2)
+  per_block = rules.block_size // rules.pooling.stride
+  return poolings.scores_of_blocks(window_BCKW, rules.pooling, per_block, num_blocks)
+
+
+class _Coarse(NamedTuple):
+  """Windows that scores are normalised over, and what queries see of them."""
+
+  keys_BWKD: jax.Array
+  bounds: plan.Bounds
+
+
+def _coarse(problem: Problem, rules: Rules) -> _Coarse | None:
+  """None where there are no such windows, or where no query could see one."""
+  normalizer, k_BSKD = rules.normalizer, problem.k_BSKD
+  if normalizer is None or not normalizer.num_windows(k_BSKD.shape[1]):
+    return None
+  keys_BWKD = poolings.mean_windows(k_BSKD, problem.segments_BS, normalizer)
+  bounds = plan.bounds(problem, dataclasses.replace(rules, pooling=normalizer))
+  return _Coarse(keys_BWKD.astype(k_BSKD.dtype), bounds)
+
+
+def _log_normalizer(q_BCHD, keys_BWKD, bounds, scale):
+  """The logarithm of the sum of exponentials over windows; -inf where none is seen."""
+  logits_BCKGW = _logits(q_BCHD, keys_BWKD, bounds, scale)
+  return jax.nn.logsumexp(logits_BCKGW, axis=-1, keepdims=True)
+
+
+def _logits(q_BCHD, keys_BWKD, bounds, scale):
+  """Scaled products of queries with windows, -inf where a window is not seen."""
+  (b, c, h, d), (w, k) = q_BCHD.shape, keys_BWKD.shape[1:3]
   number_11W = jnp.arange(w)[None, None]
   is_seen_BCW = (number_11W >= bounds.first_window[..., None]) & (
     number_11W < bounds.end_window[..., None]
   )
   q_BCKGD = q_BCHD.reshape(b, c, k, h // k, d)
-  logits_BCKGW = rules.scale * jnp.einsum(
+  logits_BCKGW = scale * jnp.einsum(
     "bckgd,bwkd->bckgw", q_BCKGD, keys_BWKD, preferred_element_type=jnp.float32
   )
-  logits_BCKGW = jnp.where(is_seen_BCW[:, :, None, None], logits_BCKGW, -jnp.inf)
-  largest_BCKG1 = logits_BCKGW.max(-1, keepdims=True)
-  largest_BCKG1 = jnp.where(jnp.isneginf(largest_BCKG1), 0.0, largest_BCKG1)
-  weights_BCKGW = jnp.exp(logits_BCKGW - largest_BCKG1)
-  total_BCKG1 = jnp.maximum(weights_BCKGW.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-  window_BCKW = (weights_BCKGW / total_BCKG1).sum(-2)
-  per_block = rules.block_size // rules.pooling.stride
-  return poolings.scores_of_blocks(window_BCKW, rules.pooling, per_block, num_blocks)
+  return jnp.where(is_seen_BCW[:, :, None, None], logits_BCKGW, -jnp.inf)
 
 
 def _best(score_BCKN, begin_BC, end_BC, wanted_BC, slots):

@@ -31,16 +31,17 @@ def dual_path_attention(
   full_segments_BT: Int[Array, "B T"] | None = None,
   sparse_segments_BT: Int[Array, "B T"] | None = None,
   max_documents: int | None = None,
+  key_bias_BTK: Float[Array, "B T K"] | None = None,
   full_implementation: full.FullImplementation | None = None,
   sparse_implementation: sparse.AttentionImplementation | None = None,
   implementation: DualPathImplementation | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]:
   """Returns `(full, sparse)`: causal attention to every key, and to the listed blocks.
 
-  The two streams of SSA (arXiv:2511.20102, Algorithm 1). Both carry gradients to q, k and v,
-  and those add up; the lists carry none. Which stream a layer goes on with, and where one is
-  held fixed for the other to follow, is the caller's affair: see `full_attention` and
-  `block_sparse_attention` for what each is.
+  The two streams of SSA (arXiv:2511.20102, Algorithm 1). Both carry gradients to q, k, v and
+  the bias, and those add up; the lists carry none. Which stream a layer goes on with, and
+  where one is held fixed for the other to follow, is the caller's affair: see
+  `full_attention` and `block_sparse_attention` for what each is.
 
   `separate` runs the two back to back. One pass over all tiles could share the product of
   queries and keys, but needs a second accumulator: half as many products again in a dense
@@ -57,6 +58,7 @@ def dual_path_attention(
     full_segments_BT, sparse_segments_BT: document of each position, in runs, for either
       stream; None lets it cross documents.
     max_documents: as `full_attention` takes it.
+    key_bias_BTK: added to the scaled scores of each key in both streams; None is 0.
     full_implementation, sparse_implementation: what each stream runs on, as the operation of
       that stream takes it.
     implementation: `separate` is the only one and what None and `auto` mean.
@@ -73,6 +75,7 @@ def dual_path_attention(
     v_BTKD,
     segments_BT=full_segments_BT,
     max_documents=max_documents,
+    key_bias_BTK=key_bias_BTK,
     implementation=full_implementation,
   )
   sparse_BTHD, _ = sparse.block_sparse_attention(
@@ -82,6 +85,7 @@ def dual_path_attention(
     blocks_BTKM,
     block_size=block_size,
     segments_BS=sparse_segments_BT,
+    key_bias_BSK=key_bias_BTK,
     implementation=sparse_implementation,
   )
   return full_BTHD, sparse_BTHD
@@ -97,6 +101,7 @@ def choose_dual_path_attention(
   full_segments_BT: Int[Shaped, "B T"] | None = None,
   sparse_segments_BT: Int[Shaped, "B T"] | None = None,
   max_documents: int | None = None,
+  key_bias_BTK: Float[Shaped, "B T K"] | None = None,
   full_implementation: full.FullImplementation | None = None,
   sparse_implementation: sparse.AttentionImplementation | None = None,
   implementation: DualPathImplementation | None = None,
@@ -114,6 +119,7 @@ def choose_dual_path_attention(
       v_BTKD,
       segments_BT=full_segments_BT,
       max_documents=max_documents,
+      key_bias_BTK=key_bias_BTK,
       implementation=full_implementation,
     ),
     sparse.choose_block_sparse_attention(
@@ -123,6 +129,7 @@ def choose_dual_path_attention(
       blocks_BTKM,
       block_size=block_size,
       segments_BS=sparse_segments_BT,
+      key_bias_BSK=key_bias_BTK,
       implementation=sparse_implementation,
     ),
   )

@@ -16,8 +16,8 @@ type FullImplementation = Literal["auto", "strict", "cudnn", "xla", "reference"]
 
 # What `auto` tries, in this order.
 AUTOMATIC = ("cudnn", "xla")
-# With a window. Not cuDNN: its windows have run on no GPU yet.
-AUTOMATIC_WITH_WINDOW = ("xla",)
+# With a window or with biases. Not cuDNN: neither has run on a GPU yet.
+AUTOMATIC_WITH_EXTRAS = ("xla",)
 
 
 def full_attention(
@@ -28,6 +28,7 @@ def full_attention(
   segments_BT: Int[Array, "B T"] | None = None,
   max_documents: int | None = None,
   window: int | None = None,
+  key_bias_BTK: Float[Array, "B T K"] | None = None,
   implementation: FullImplementation | None = None,
 ) -> Float[Array, "B T H D"]:
   """Returns causal softmax attention with scores scaled by D ** -0.5.
@@ -43,9 +44,11 @@ def full_attention(
       nothing apart but padding at a row's end; what the padding reads is then undefined.
     window: keys that a query reads at most, its own and those right before it (sliding-window
       attention); None is all of them. `xla` then takes O(T window) time and memory.
-    implementation: None and `auto` take cuDNN where it can run and `xla` elsewhere and where
-      there is a window, which cuDNN takes by name or with `strict`; `strict` is cuDNN or an
-      error; `reference` is the definition.
+    key_bias_BTK: added to the scores of each key, after scaling (NOSA's importance,
+      arXiv:2510.13602); None is 0. It carries a gradient.
+    implementation: None and `auto` take cuDNN where it can run and `xla` elsewhere, and where
+      there is a window or a bias, which cuDNN takes by name or with `strict`; `strict` is
+      cuDNN or an error; `reference` is the definition.
 
   Raises:
     ValueError: shapes or dtypes that do not fit together, segments without
@@ -59,12 +62,13 @@ def full_attention(
     segments_BT=segments_BT,
     max_documents=max_documents,
     window=window,
+    key_bias_BTK=key_bias_BTK,
     implementation=implementation,
   )
   run = _IMPLEMENTATIONS[choice.backend]
   # A window as long as the row hides nothing.
   window = None if window is None or window >= q_BTHD.shape[1] else window
-  return run(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window)
+  return run(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window, key_bias_BTK)
 
 
 def choose_full_attention(
@@ -75,6 +79,7 @@ def choose_full_attention(
   segments_BT: Int[Shaped, "B T"] | None = None,
   max_documents: int | None = None,
   window: int | None = None,
+  key_bias_BTK: Float[Shaped, "B T K"] | None = None,
   implementation: FullImplementation | None = None,
 ) -> dispatch.Choice:
   """What `full_attention` runs for such arrays on the first device, and why.
@@ -83,18 +88,22 @@ def choose_full_attention(
   `jax.ShapeDtypeStruct` will do for an array. With a window the operation is called
   `sliding_window_attention`.
   """
-  _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window)
+  _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window, key_bias_BTK)
   has_documents = segments_BT is not None and max_documents > 1
   candidates = {
-    "cudnn": lambda: cudnn.why_not(q_BTHD.dtype, q_BTHD.shape[-1], has_documents=has_documents),
+    "cudnn": lambda: cudnn.why_not(
+      q_BTHD.dtype,
+      q_BTHD.shape[-1],
+      has_documents=has_documents,
+      has_bias=key_bias_BTK is not None,
+    ),
     "xla": dispatch.runs_anywhere,
     "reference": dispatch.runs_anywhere,
   }
-  if window is not None:
-    return dispatch.choose(
-      "sliding_window_attention", implementation, candidates, automatic=AUTOMATIC_WITH_WINDOW
-    )
-  return dispatch.choose("full_attention", implementation, candidates, automatic=AUTOMATIC)
+  op = "full_attention" if window is None else "sliding_window_attention"
+  is_plain = window is None and key_bias_BTK is None
+  automatic = AUTOMATIC if is_plain else AUTOMATIC_WITH_EXTRAS
+  return dispatch.choose(op, implementation, candidates, automatic=automatic)
 
 
 _IMPLEMENTATIONS = {
@@ -104,7 +113,7 @@ _IMPLEMENTATIONS = {
 }
 
 
-def _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window):
+def _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window, key_bias_BTK):
   (b, t, h, d), k = q_BTHD.shape, k_BTKD.shape[2]
   if k_BTKD.shape != (b, t, k, d) or v_BTKD.shape != (b, t, k, d):
     raise ValueError(f"k and v must be {(b, t, k, d)}, got {k_BTKD.shape} and {v_BTKD.shape}")
@@ -116,6 +125,8 @@ def _check(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window):
     raise ValueError(f"{h} query heads do not group over {k} key heads")
   if window is not None and window < 1:
     raise ValueError(f"{window=} must be at least 1, the query's own key")
+  if key_bias_BTK is not None and key_bias_BTK.shape != (b, t, k):
+    raise ValueError(f"biases of keys must be {(b, t, k)}, got {key_bias_BTK.shape}")
   if segments_BT is None:
     return
   if segments_BT.shape != (b, t):

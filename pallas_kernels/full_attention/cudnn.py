@@ -1,10 +1,18 @@
-"""Full attention by cuDNN, on NVIDIA GPUs from Ampere on."""
+"""Full attention by cuDNN, on NVIDIA GPUs from Ampere on.
+
+cuDNN takes a bias in JAX as one number per query and key, which does not fit in memory where
+rows are long. Biases of keys come as further channels instead: of keys, the bias; of queries,
+1 (see `fold`).
+"""
 
 import jax
 import jax.numpy as jnp
 
+# Head sizes come in steps of so many; biases take one step.
+_STEP = 8
 
-def why_not(dtype, head_dim: int, *, has_documents: bool) -> str | None:
+
+def why_not(dtype, head_dim: int, *, has_documents: bool, has_bias: bool = False) -> str | None:
   """Why cuDNN cannot run here with these; None if it can."""
   device, dtype = jax.devices()[0], jnp.dtype(dtype)
   if device.platform != "gpu":
@@ -15,8 +23,11 @@ def why_not(dtype, head_dim: int, *, has_documents: bool) -> str | None:
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f"takes bfloat16 or float16, not {dtype.name}"
   limit = 256 if capability >= 9.0 else 128
-  if head_dim % 8 or head_dim > limit:
-    return f"takes head sizes up to {limit} in steps of 8, not {head_dim}"
+  if has_bias:
+    limit -= _STEP
+  if head_dim % _STEP or head_dim > limit:
+    those = "head sizes, with biases of keys," if has_bias else "head sizes"
+    return f"takes {those} up to {limit} in steps of {_STEP}, not {head_dim}"
   if has_documents and capability < 9.0:
     return (
       "separates packed documents from compute capability 9.0 on, "
@@ -25,13 +36,48 @@ def why_not(dtype, head_dim: int, *, has_documents: bool) -> str | None:
   return None
 
 
-def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window):
+def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window, key_bias_BTK):
+  d = q_BTHD.shape[-1]
+  scale = d**-0.5
+  if key_bias_BTK is None:
+    return _attend(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window, scale)
+  folded = fold(q_BTHD, k_BTKD, v_BTKD, key_bias_BTK, scale)
+  return _attend(*folded, segments_BT, max_documents, window, scale)[..., :d]
+
+
+def fold(q_BTHD, k_BTKD, v_BTKD, key_bias_BTK, scale: float):
+  """Queries, keys and values of more channels, whose scaled products include the bias.
+
+  A bias is the sum of three numbers of the keys' dtype: all 24 bits that float32 has, in
+  bfloat16 as well, because the products are added up in float32. Its gradient is that of the
+  first, rounded to the keys' dtype like theirs. The values' further channels are 0.
+  """
+  dtype = k_BTKD.dtype
+  rest = key_bias_BTK.astype(jnp.float32) / scale
+  parts = []
+  for _ in range(3):
+    # A cast to and fro, which XLA is free to leave out, would leave nothing for the others.
+    part = jax.lax.reduce_precision(rest, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+    parts.append(part.astype(dtype))
+    rest = jax.lax.stop_gradient(rest - part)
+
+  def widen(x, channels):
+    channels = jnp.stack(channels, axis=-1).astype(x.dtype)
+    empty = jnp.zeros((*x.shape[:-1], _STEP - channels.shape[-1]), x.dtype)
+    return jnp.concatenate([x, channels, empty], axis=-1)
+
+  one_BTH, zero_BTK = jnp.ones(q_BTHD.shape[:-1]), jnp.zeros(v_BTKD.shape[:-1])
+  return widen(q_BTHD, [one_BTH] * 3), widen(k_BTKD, parts), widen(v_BTKD, [zero_BTK])
+
+
+def _attend(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window, scale):
   if segments_BT is None or max_documents == 1:
     return jax.nn.dot_product_attention(
       q_BTHD,
       k_BTKD,
       v_BTKD,
       is_causal=True,
+      scale=scale,
       # Keys to the left and to the right of a query's own.
       local_window_size=None if window is None else (window - 1, 0),
       implementation="cudnn",
@@ -48,7 +94,7 @@ def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window):
     kv_seqlen=lengths_BM,
     q_offsets=offsets_BM,
     kv_offsets=offsets_BM,
-    scale=q_BTHD.shape[-1] ** -0.5,
+    scale=scale,
     mask_type=cudnn.MaskType.PADDING_CAUSAL,
     sliding_window_length=window,
   )

@@ -9,7 +9,7 @@ STRIPE_ELEMENTS = 2**26
 LEAST_STRIPE = 128
 
 
-def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window):
+def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window, key_bias_BTK):
   """Stripes of queries against the keys they may see; recomputed in the backward pass.
 
   Those are all keys or, where there is a window, as many as the stripe and the window before
@@ -31,6 +31,7 @@ def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window):
     return jnp.pad(x, [(0, 0), (before, 0)] + [(0, 0)] * (x.ndim - 2))
 
   k_BSKD, v_BSKD, segments_BS = pad(k_BTKD), pad(v_BTKD), pad(segments_BT)
+  bias_BSK = None if key_bias_BTK is None else pad(key_bias_BTK.astype(jnp.float32))
 
   @jax.checkpoint
   def stripe(start):
@@ -46,10 +47,16 @@ def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window):
       is_seen_CX &= position_C1 - position_1X < window
     own_BC, of_key_BX = cut(segments_BT, size), cut(segments_BS, num_keys)
     is_same_BCX = own_BC[:, :, None] == of_key_BX[:, None, :]
+    bias_BH1X = None
+    if bias_BSK is not None:
+      # One number per key: XLA spreads it over the queries of a stripe as it adds it.
+      bias_BKX = cut(bias_BSK, num_keys).transpose(0, 2, 1)
+      bias_BH1X = jnp.repeat(bias_BKX, h // bias_BKX.shape[1], axis=1)[:, :, None]
     return jax.nn.dot_product_attention(
       cut(q_BTHD, size),
       cut(k_BSKD, num_keys),
       cut(v_BSKD, num_keys),
+      bias=bias_BH1X,
       mask=(is_same_BCX & is_seen_CX[None])[:, None],
     )
 

@@ -2,9 +2,19 @@
 
 from flax import linen as nn
 
+from sparsejax.attention.dma import Dma, EdDma
 from sparsejax.attention.full import Full
-from sparsejax.attention.method import NsaOptions, Options, SsaOptions
+from sparsejax.attention.infllmv2 import InfllmV2
+from sparsejax.attention.method import (
+  InfllmV2Options,
+  NosaOptions,
+  NsaOptions,
+  Options,
+  SparseMethod,
+  SsaOptions,
+)
 from sparsejax.attention.moba import Moba
+from sparsejax.attention.nosa import Nosa
 from sparsejax.attention.nsa import Nsa
 from sparsejax.attention.sliding_window import SlidingWindow
 from sparsejax.attention.ssa import Ssa
@@ -12,10 +22,13 @@ from sparsejax.attention.ssa import Ssa
 __all__ = [
   "METHODS",
   "SPARSE_METHODS",
+  "InfllmV2Options",
+  "NosaOptions",
   "NsaOptions",
   "Options",
   "SsaOptions",
   "make_method",
+  "sparse_method",
   "sparse_name",
   "sparse_names",
 ]
@@ -23,6 +36,10 @@ __all__ = [
 METHODS = {
   "full": Full,
   "moba": Moba,
+  "infllmv2": InfllmV2,
+  "dma": Dma,
+  "ed_dma": EdDma,
+  "nosa": Nosa,
   "nsa": Nsa,
   "sliding_window": SlidingWindow,
   "ssa": Ssa,
@@ -30,7 +47,7 @@ METHODS = {
 
 # Methods with a sparse stream of their own (a `method.SparseMethod` each); the others run one
 # of these when run sparse.
-SPARSE_METHODS = ("moba", "nsa", "sliding_window")
+SPARSE_METHODS = ("moba", "infllmv2", "dma", "ed_dma", "nosa", "nsa", "sliding_window")
 
 
 def sparse_name(options: Options) -> str:
@@ -38,8 +55,13 @@ def sparse_name(options: Options) -> str:
   return options.method if options.method in SPARSE_METHODS else options.sparse_method
 
 
+def sparse_method(options: Options) -> type[SparseMethod]:
+  """Its class."""
+  return METHODS[sparse_name(options)]
+
+
 def sparse_names(options: Options) -> tuple[str, ...]:
-  """The same of all layers, each name once."""
+  """The names of all layers' sparse methods, each once."""
   layers = [options.of_layer(place) for place in range(len(options.pattern))]
   return tuple(dict.fromkeys(sparse_name(own) for own in layers if not own.is_always_full))
 
@@ -54,7 +76,7 @@ def make_method(options: Options, kernel_init: nn.initializers.Initializer):
   """
   if options.is_always_full:
     return Full(options, None, name="method")
-  sparse = METHODS[sparse_name(options)](options, kernel_init, name="sparse")
+  sparse = sparse_method(options)(options, kernel_init, name="sparse")
   if options.method in SPARSE_METHODS:
     return sparse
   return METHODS[options.method](options, sparse, name="method")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from sparsejax import attention, errors
-from sparsejax.attention import compression, method
+from sparsejax.attention import block_sparse, compression, method
 
 
 def choose(
@@ -38,116 +38,124 @@ def choose(
       to set.
   """
   asked = _Questions(options, dtype, num_heads, num_kv_heads, head_dim, length)
-  names = attention.sparse_names(options)
-  # Methods share operations, and a window may be as long as another's.
-  questions = dict.fromkeys(question for name in names for question in asked.of_sparse(name))
-  choices, problems = [], []
-  for key, ask in (("full_implementation", asked.full_attention), *questions):
+  layers = [options.of_layer(place) for place in range(len(options.pattern))]
+  questions = [ask for own in layers for ask in asked.of_layer(own)]
+  choices, problems = [], {}
+  for key, ask in questions:
     try:
       choices.append(ask())
     except pallas_kernels.CannotRunError as error:
-      problems.append(_problem(key, error))
+      problems[error.op, key] = _problem(key, error)
   if problems:
-    raise errors.ConfigError("\n".join(problems))
-  if "ssa" in options.pattern and options.sparse_method == "moba":
-    choices.append(asked.dual_path_attention())
+    raise errors.ConfigError("\n".join(problems.values()))
+  choices += [asked.dual_path_attention(own) for own in layers if asked.has_dual_path(own)]
+  # Methods share operations, and a window may be as long as another's.
   return list(dict.fromkeys(choices))
 
 
+type _Question = tuple[str, Callable[[], pallas_kernels.Choice]]
+
+
 class _Questions:
-  """The operations as the methods call them, with shapes for arrays."""
+  """The operations as the methods call them, with shapes for arrays.
+
+  Each takes the settings of a layer, whose `method` is its own.
+  """
 
   def __init__(self, options: method.Options, dtype, num_heads, num_kv_heads, head_dim, length):
     def array(*shape, dtype=dtype):
       return jax.ShapeDtypeStruct((1, length, *shape), dtype)
 
-    self._options = options
+    self._length = length
     k_BTKD = array(num_kv_heads, head_dim)
     self._qkv = array(num_heads, head_dim), k_BTKD, k_BTKD
+    self._bias_BTK = array(num_kv_heads, dtype=jnp.float32)
     self._blocks_BTKM = array(num_kv_heads, options.num_listed(length), dtype=jnp.int32)
     tokens = method.Tokens(array(dtype=jnp.int32), None, None)
     self._full_segments_BT = options.full_segments(tokens)
     self._sparse_segments_BT = options.sparse_segments(tokens)
 
-  def of_sparse(self, name: str) -> list[tuple[str, Callable[[], pallas_kernels.Choice]]]:
-    """What a sparse method's own stream runs: the key that names backends, the question."""
-    return {
-      "moba": [
-        ("sparse_implementation", self.block_selection),
-        ("sparse_implementation", self.block_sparse_attention),
-      ],
-      "nsa": [
-        ("full_implementation", lambda: compression.choose(self._options.full_backend)),
-        ("sparse_implementation", self.nsa_selection),
-        ("sparse_implementation", self.block_sparse_attention),
-        ("full_implementation", lambda: self.sliding_window(self._options.nsa.window)),
-      ],
-      "sliding_window": [
-        ("full_implementation", lambda: self.sliding_window(self._options.window)),
-      ],
-    }[name]
+  def of_layer(self, own: method.Options) -> list[_Question]:
+    """What a layer runs, full and sparse: the key that names backends, and the question."""
+    questions = [("full_implementation", lambda: self.full_attention(own))]
+    if own.is_always_full:
+      return questions
+    name = attention.sparse_name(own)
+    window = dict(sliding_window=own.window, nsa=own.nsa.window).get(name)
+    if name == "nsa":
+      questions.append(("full_implementation", lambda: compression.choose(own.full_backend)))
+    if name != "sliding_window":
+      questions += [
+        ("sparse_implementation", lambda: self.block_selection(own)),
+        ("sparse_implementation", lambda: self.block_sparse_attention(own)),
+      ]
+    if window is not None:
+      questions.append(("full_implementation", lambda: self.sliding_window(own, window)))
+    return questions
 
-  def sliding_window(self, window: int) -> pallas_kernels.Choice:
+  def sliding_window(self, own: method.Options, window: int) -> pallas_kernels.Choice:
     return pallas_kernels.choose_full_attention(
       *self._qkv,
       segments_BT=self._sparse_segments_BT,
-      max_documents=self._options.max_documents,
+      max_documents=own.max_documents,
       window=window,
-      implementation=self._options.full_backend,
+      implementation=own.full_backend,
     )
 
-  def full_attention(self) -> pallas_kernels.Choice:
+  def full_attention(self, own: method.Options) -> pallas_kernels.Choice:
+    # A layer that trains full attention has no scores of keys in it.
+    bias = {} if own.method == "full" else self._bias(own, "key_bias_BTK")
     return pallas_kernels.choose_full_attention(
       *self._qkv,
       segments_BT=self._full_segments_BT,
-      max_documents=self._options.max_documents,
-      implementation=self._options.full_backend,
+      max_documents=own.max_documents,
+      implementation=own.full_backend,
+      **bias,
     )
 
-  def block_selection(self) -> pallas_kernels.Choice:
+  def block_selection(self, own: method.Options) -> pallas_kernels.Choice:
     q_BTHD, k_BTKD, _ = self._qkv
     return pallas_kernels.choose_block_selection(
       q_BTHD,
       k_BTKD,
-      block_size=self._options.block_size,
+      block_size=own.block_size,
       num_blocks=self._blocks_BTKM.shape[-1],
-      rule=self._options.selection,
-      implementation=self._options.selection_backend,
+      implementation=own.selection_backend,
+      **attention.sparse_method(own).selection(own, self._length),
     )
 
-  def nsa_selection(self) -> pallas_kernels.Choice:
-    options = self._options
-    q_BTHD, k_BTKD, _ = self._qkv
-    return pallas_kernels.choose_block_selection(
-      q_BTHD,
-      k_BTKD,
-      block_size=options.block_size,
-      num_blocks=self._blocks_BTKM.shape[-1],
-      rule=options.selection,
-      pooling=options.nsa.pooling(options.block_size),
-      implementation=options.selection_backend,
-    )
-
-  def block_sparse_attention(self) -> pallas_kernels.Choice:
+  def block_sparse_attention(self, own: method.Options) -> pallas_kernels.Choice:
     return pallas_kernels.choose_block_sparse_attention(
       *self._qkv,
       self._blocks_BTKM,
-      block_size=self._options.block_size,
+      block_size=own.block_size,
       segments_BS=self._sparse_segments_BT,
-      implementation=self._options.sparse_backend,
+      implementation=own.sparse_backend,
+      **self._bias(own, "key_bias_BSK"),
     )
 
-  def dual_path_attention(self) -> pallas_kernels.Choice:
+  def has_dual_path(self, own: method.Options) -> bool:
+    """Whether a layer runs both streams in one operation."""
+    return own.method == "ssa" and issubclass(
+      attention.sparse_method(own), block_sparse.BlockSparse
+    )
+
+  def dual_path_attention(self, own: method.Options) -> pallas_kernels.Choice:
     return pallas_kernels.choose_dual_path_attention(
       *self._qkv,
       self._blocks_BTKM,
-      block_size=self._options.block_size,
+      block_size=own.block_size,
       full_segments_BT=self._full_segments_BT,
       sparse_segments_BT=self._sparse_segments_BT,
-      max_documents=self._options.max_documents,
-      full_implementation=self._options.full_backend,
-      sparse_implementation=self._options.sparse_backend,
+      max_documents=own.max_documents,
+      full_implementation=own.full_backend,
+      sparse_implementation=own.sparse_backend,
+      **self._bias(own, "key_bias_BTK"),
     )
+
+  def _bias(self, own: method.Options, name: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """The argument that takes the biases of keys, of a method that has them."""
+    return {name: self._bias_BTK} if attention.sparse_method(own).has_key_scores else {}
 
 
 def _problem(key: str, error: pallas_kernels.CannotRunError) -> str:

@@ -1,6 +1,7 @@
 """Full causal attention within documents."""
 
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 
 import pallas_kernels
@@ -15,25 +16,42 @@ class Full(nn.Module):
   sparse: nn.Module | None
 
   def __call__(self, q_BTHD, k_BTKD, v_BTKD, tokens, stream) -> method.Attended:
+    if self.is_initializing() and self.sparse is not None:
+      # What selects may have parameters; they are there whatever training runs.
+      self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, "sparse")
     if stream == "sparse" and self.sparse is not None:
       return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream)
     out_BTHD = full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, self.options)
     return method.Attended(out_BTHD, jnp.float32(0))
 
 
-def full_stream(q_BTHD, k_BTKD, v_BTKD, tokens: method.Tokens, options: method.Options):
-  """The full stream of every method that scores keys by their product with the query."""
+def full_stream(
+  q_BTHD,
+  k_BTKD,
+  v_BTKD,
+  tokens: method.Tokens,
+  options: method.Options,
+  key_bias_BTK: jax.Array | None = None,
+):
+  """The full stream of every method that scores keys by their product with the query.
 
-  def attend(q_BTHD, k_BTKD, v_BTKD, segments_BT):
+  A bias of each key is added to the scaled scores.
+  """
+
+  def attend(q_BTHD, k_BTKD, v_BTKD, segments_BT, key_bias_BTK):
     return pallas_kernels.full_attention(
       q_BTHD,
       k_BTKD,
       v_BTKD,
       segments_BT=segments_BT,
       max_documents=options.max_documents,
+      key_bias_BTK=key_bias_BTK,
       implementation=options.full_backend,
     )
 
-  axes = method.HEADS, method.KV_HEADS, method.KV_HEADS, method.SEGMENTS
+  heads = method.HEADS, method.KV_HEADS, method.KV_HEADS
+  axes = *heads, method.SEGMENTS, method.KEY_SCORES
   segments_BT = options.full_segments(tokens)
-  return sharding.per_device(attend, axes, method.HEADS)(q_BTHD, k_BTKD, v_BTKD, segments_BT)
+  return sharding.per_device(attend, axes, method.HEADS)(
+    q_BTHD, k_BTKD, v_BTKD, segments_BT, key_bias_BTK
+  )

@@ -15,7 +15,7 @@ Letters: B batch, T tokens, H query heads, K key/value heads, D head size, M blo
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from flax import linen as nn
 import flax.struct
@@ -32,6 +32,7 @@ STREAMS = ("train", "full", "sparse")
 HEADS: sharding.Axes = ("batch", None, "heads", None)
 KV_HEADS: sharding.Axes = ("batch", None, "kv_heads", None)
 SEGMENTS: sharding.Axes = ("batch", None)
+KEY_SCORES: sharding.Axes = ("batch", None, "kv_heads")
 
 
 @flax.struct.dataclass
@@ -83,7 +84,7 @@ class Options:
     kernels: `auto`, or `strict` where an operation must run on a GPU kernel or fail.
     full_implementation, sparse_implementation: `auto` for what `kernels` says, or a backend
       by name.
-    ssa, nsa: settings of SSA and of NSA.
+    ssa, nsa, infllmv2, nosa: settings of the methods that read those sections.
     max_documents: documents that a row may hold; cuDNN's packed form needs to know.
   """
 
@@ -101,6 +102,8 @@ class Options:
   sparse_implementation: str
   ssa: "SsaOptions"
   nsa: "NsaOptions"
+  infllmv2: "InfllmV2Options"
+  nosa: "NosaOptions"
   max_documents: int
 
   @property
@@ -206,12 +209,97 @@ class NsaOptions:
     return pallas_kernels.nsa_windows(block_size, self.compress_length, self.compress_stride)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InfllmV2Options:
+  """Settings of InfLLM-V2, NOSA and DMA; keys and defaults of `infllmv2` in configs/base.py.
+
+  Attributes:
+    num_initial: blocks at the beginning of a document that every query reads.
+    num_local: blocks near by that every query reads.
+    local_window: `paper` counts the query's own block among them; `released` does not.
+    window_size, window_stride: keys of a window, and from one window to the next.
+    num_windows: windows whose largest score is a block's.
+    first_window: `paper` takes windows from the first that begins in the block on, the last
+      of which lies in the next block (as printed, with half-blocks every quarter);
+      `released` from the one before it, all of which lie over the block.
+    normalizer: of the softmax of scores: `windows`, or `coarse` for the log-sum-exp of
+      windows four times as long.
+    dense_length: rows of fewer tokens are read whole.
+  """
+
+  num_initial: int
+  num_local: int
+  local_window: str
+  window_size: int
+  window_stride: int
+  num_windows: int
+  first_window: str
+  normalizer: str
+  dense_length: int
+
+  @property
+  def num_local_blocks(self) -> int:
+    """Local blocks, the query's own included."""
+    return self.num_local + (self.local_window == "released")
+
+  @property
+  def num_forced(self) -> int:
+    """Blocks that every query reads, where there are so many."""
+    return self.num_initial + self.num_local_blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NosaOptions:
+  """Settings of NOSA; the keys and defaults of `nosa` in configs/base.py.
+
+  Attributes:
+    num_query_aware: blocks that a query chooses, k_q; forced ones are not among them.
+    eviction_head: `ed_dma` or `dma` (see `eviction.EvictionHead`).
+  """
+
+  num_query_aware: int
+  eviction_head: str
+
+
 class SparseMethod(nn.Module):
-  """A method with a sparse stream of its own: an entry of `SPARSE_METHODS`."""
+  """A method with a sparse stream of its own: an entry of `SPARSE_METHODS`.
+
+  What is asked of it before it runs (backends, cost, budgets) has MoBA's answers here.
+
+  Attributes:
+    kernel_init: how matrices of the method's own begin.
+    has_key_scores: whether keys have scores whoever asks, which are biases in both streams.
+  """
 
   options: Options
-  # Of matrices that are the method's own.
   kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+  has_key_scores: ClassVar[bool] = False
+
+  @classmethod
+  def selection(cls, options: Options, length: int) -> dict[str, Any]:
+    """How `pallas_kernels.select_blocks` is called for rows of so many tokens.
+
+    Without what every method gives it: arrays, block size, M, documents, implementation.
+    """
+    del length
+    return dict(rule=options.selection)
+
+  @classmethod
+  def scores_per_key(cls, options: Options) -> float:
+    """Products of a query head with means of keys that selection takes, per earlier key."""
+    return 1 / options.block_size
+
+  @classmethod
+  def least_blocks(cls, options: Options) -> int:
+    """Blocks that lists must have room for; 0 where only the query's own is forced."""
+    del options
+    return 0
+
+  @classmethod
+  def is_dense(cls, options: Options, length: int) -> bool:
+    """Whether rows of so many tokens run the full stream, whatever was asked for."""
+    del options, length
+    return False
 
   def both(self, q_BTHD, k_BTKD, v_BTKD, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     """Outputs of the full and of the sparse stream, [B, T, H, D], for SSA to compare."""

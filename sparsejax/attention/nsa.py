@@ -4,6 +4,8 @@ Every query attends to windows made one key each (compression), to the blocks th
 windows say matter (selection), and to the keys right before it (sliding window); equation 5.
 """
 
+from typing import Any
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -100,26 +102,32 @@ class Nsa(method.SparseMethod):
     axes = HEADS, KV_HEADS, KV_HEADS, SEGMENTS
     return sharding.per_device(attend, axes, HEADS)(q_BTHD, keys_BWKD, values_BWKD, segments_BT)
 
-  def _select(self, q_BTHD, keys_BWKD, k_BTKD, segments_BT):
-    """Equations 8 to 12: blocks by the probabilities of the windows that overlap them."""
-    options, nsa = self.options, self.options.nsa
-    num_blocks = options.num_listed(q_BTHD.shape[1])
+  @classmethod
+  def selection(cls, options: method.Options, length: int) -> dict[str, Any]:
+    nsa, num_blocks = options.nsa, options.num_listed(length)
     # A budget of less than the forced blocks is spent on the nearest of them.
     num_local = min(nsa.num_local, num_blocks)
+    return dict(
+      rule=options.selection,
+      num_initial=min(nsa.num_initial, num_blocks - num_local),
+      num_local=num_local,
+      pooling=nsa.pooling(options.block_size),
+    )
+
+  def _select(self, q_BTHD, keys_BWKD, k_BTKD, segments_BT):
+    """Equations 8 to 12: blocks by the probabilities of the windows that overlap them."""
+    options, length = self.options, q_BTHD.shape[1]
 
     def select(q_BTHD, keys_BWKD, k_BTKD, segments_BT):
       return pallas_kernels.select_blocks(
         q_BTHD,
         k_BTKD,
         block_size=options.block_size,
-        num_blocks=num_blocks,
+        num_blocks=options.num_listed(length),
         segments_BS=segments_BT,
-        rule=options.selection,
-        num_initial=min(nsa.num_initial, num_blocks - num_local),
-        num_local=num_local,
-        pooling=nsa.pooling(options.block_size),
         window_keys_BWKD=keys_BWKD,
         implementation=options.selection_backend,
+        **self.selection(options, length),
       )
 
     axes = HEADS, KV_HEADS, KV_HEADS, SEGMENTS

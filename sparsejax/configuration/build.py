@@ -7,7 +7,7 @@ import ml_collections
 import optax
 
 import pallas_kernels
-from sparsejax import attention, losses, model
+from sparsejax import attention, errors, losses, model
 from sparsejax import optimizer as optimizers
 from sparsejax.attention import backends, rotary
 from sparsejax.data import corpus
@@ -46,6 +46,8 @@ def make_model(config: ml_collections.ConfigDict, *, max_documents: int) -> mode
     **config.attention.to_dict(),
     ssa=attention.SsaOptions(**config.ssa.to_dict()),
     nsa=attention.NsaOptions(**config.nsa.to_dict()),
+    infllmv2=attention.InfllmV2Options(**config.infllmv2.to_dict()),
+    nosa=attention.NosaOptions(**config.nosa.to_dict()),
     max_documents=max_documents,
   )
   return model.Transformer(shape, options)
@@ -91,10 +93,20 @@ def make_loss_options(config: ml_collections.ConfigDict) -> losses.Options:
 def with_budget(transformer: model.Transformer, budget: int) -> model.Transformer:
   """The same model, reading `budget` keys per query under sparse inference.
 
-  The block size stays, as in the papers' sweeps; the number of blocks changes.
+  The block size stays, as in the papers' sweeps; the number of blocks changes. What the
+  method forces, and what queries choose of NOSA's lists, stays as well.
+
+  Raises:
+    ConfigError: fewer blocks than the method can do with.
   """
   options = transformer.options
-  num_blocks = budget // options.block_size
+  num_blocks, size = budget // options.block_size, options.block_size
+  least = attention.sparse_method(options).least_blocks(options)
+  if num_blocks < least:
+    raise errors.ConfigError(
+      f"a budget of {budget} keys is {num_blocks} blocks of {size}, fewer than the {least} "
+      f"that every query reads or chooses itself; take at least {least * size}."
+    )
   return model.Transformer(
     transformer.shape, dataclasses.replace(options, num_blocks=num_blocks)
   )

@@ -22,6 +22,10 @@ CHOICES = {
   "ssa.coin": ("step", "layer"),
   "nsa.compression": ("mlp", "mean"),
   "nsa.kv": ("separate", "shared"),
+  "infllmv2.local_window": ("paper", "released"),
+  "infllmv2.first_window": ("paper", "released"),
+  "infllmv2.normalizer": ("windows", "coarse"),
+  "nosa.eviction_head": ("ed_dma", "dma"),
   "optimizer.schedule": tuple(optimizer.SCHEDULES),
 }
 
@@ -43,6 +47,10 @@ AT_LEAST_ONE = (
   "nsa.compress_stride",
   "nsa.num_local",
   "nsa.window",
+  "infllmv2.num_local",
+  "infllmv2.window_size",
+  "infllmv2.window_stride",
+  "infllmv2.num_windows",
   "loss.chunk_length",
   "data.sequence_length",
   "data.batch_size",
@@ -53,6 +61,11 @@ AT_LEAST_ONE = (
   "train.keep_latest",
   "train.max_nonfinite_steps",
 )
+
+AT_LEAST_ZERO = ("infllmv2.num_initial", "infllmv2.dense_length", "nosa.num_query_aware")
+
+# Methods that read the section `infllmv2`.
+WITH_FORCED_BLOCKS = ("infllmv2", "dma", "ed_dma", "nosa")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -67,6 +80,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     *_attention(config),
     *_layer_methods(config),
     *_nsa(config),
+    *_forced_blocks(config),
     *_training(config),
     *_lengths(config),
   ]
@@ -82,6 +96,9 @@ def _single_keys(config) -> Iterator[str]:
   for key in AT_LEAST_ONE:
     if _get(config, key) < 1:
       yield f"{key}={_get(config, key)} must be at least 1."
+  for key in AT_LEAST_ZERO:
+    if _get(config, key) < 0:
+      yield f"{key}={_get(config, key)} must be at least 0."
   if not 0.0 <= config.ssa.full_ratio <= 1.0:
     yield f"ssa.full_ratio={config.ssa.full_ratio} is a probability: from 0 to 1."
 
@@ -143,18 +160,28 @@ def _layer_methods(config) -> Iterator[str]:
     )
 
 
+def _sparse_methods(config) -> list[tuple[str, str]]:
+  """Sparse methods that layers run, each with the key that names it."""
+  attention_, found = config.attention, []
+  key = "attention.layer_methods" if attention_.layer_methods else "attention.method"
+  for name in attention_.layer_methods or (attention_.method,):
+    if name in attention.SPARSE_METHODS:
+      found.append((key, name))
+    elif name == "ssa" or not attention_.layer_methods:
+      found.append(("attention.sparse_method", attention_.sparse_method))
+  return list(dict.fromkeys(found))
+
+
 def _nsa(config) -> Iterator[str]:
   attention_, nsa = config.attention, config.nsa
-  sparse, names = attention_.sparse_method, attention_.layer_methods or (attention_.method,)
-  if "ssa" in names or ("full" in names and not attention_.layer_methods):
-    names = *names, sparse
-  if attention_.method == "full" and sparse == "nsa" and not attention_.layer_methods:
+  names = [name for _, name in _sparse_methods(config)]
+  if "nsa" not in names:
+    return
+  if attention_.method == "full" and not attention_.layer_methods:
     yield (
       "attention.sparse_method='nsa' has weights that attention.method='full' does not train; "
       "take 'moba', or attention.method='nsa'."
     )
-  if "nsa" not in names:
-    return
   stride = nsa.compress_stride
   for key, size in (
     ("nsa.compress_length", nsa.compress_length),
@@ -175,6 +202,57 @@ def _nsa(config) -> Iterator[str]:
     yield (
       f"attention.selection='half_local' forces the query's own block alone; with NSA take "
       f"nsa.num_initial=0 and nsa.num_local=1, not {nsa.num_initial} and {nsa.num_local}."
+    )
+
+
+def _forced_blocks(config) -> Iterator[str]:
+  """Of what forces some blocks: whether they, and its windows, fit."""
+  for key, name in _sparse_methods(config):
+    if name in WITH_FORCED_BLOCKS:
+      yield from _forced_blocks_of(config, key, name)
+
+
+def _forced_blocks_of(config, key: str, name: str) -> Iterator[str]:
+  forced = config.infllmv2
+  if config.attention.selection != "exact":
+    yield (
+      f"attention.selection={config.attention.selection!r} is a rule of moba's; {key}={name!r} "
+      "selects by 'exact' alone, so set that."
+    )
+  block, num_blocks = config.attention.block_size, config.attention.num_blocks
+  local = forced.num_local + (forced.local_window == "released")
+  needed = [("initial", forced.num_initial), ("local", local)]
+  if name == "nosa":
+    # The block that `released` adds is one of those that the query would choose.
+    rest = config.nosa.num_query_aware - (local - forced.num_local)
+    needed.append(("query-aware", max(0, rest)))
+  total = sum(number for _, number in needed)
+  if total > num_blocks:
+    parts = " + ".join(f"{number} {what}" for what, number in needed)
+    lower = " or nosa.num_query_aware" if name == "nosa" else ""
+    yield (
+      f"attention.num_blocks={num_blocks} has no room for the {parts} blocks of "
+      f"{key}={name!r}; take at least {total}, or lower infllmv2.num_local{lower}."
+    )
+  size, stride = forced.window_size, forced.window_stride
+  if stride < 1 or block < 1:
+    return
+  if block % stride:
+    fits = [n for n in range(1, block + 1) if block % n == 0]
+    yield (
+      f"infllmv2.window_stride={stride} does not divide attention.block_size={block}; take "
+      f"{_or(fits)}."
+    )
+    return
+  # Scores of keys that a query must not know of are those of forced blocks alone.
+  first = -1 if forced.first_window == "released" else 0
+  reach = (first + forced.num_windows - 1) * stride + size
+  least = -(-(reach - 1) // block)
+  if name != "infllmv2" and local < least:
+    yield (
+      f"infllmv2.num_local={forced.num_local} is too few for {key}={name!r}: the windows of a "
+      f"block reach {reach} keys from its beginning, beyond what a query sees of it; take at "
+      f"least {least - (local - forced.num_local)}, or fewer or shorter windows."
     )
 
 

@@ -23,7 +23,10 @@ PACKAGES = (
 
 # Keys that change what a resumed run would compute. The rest (logging, saving, meshes,
 # reading) may differ from one start to the next.
-DECISIVE = ("seed", "model", "attention", "ssa", "nsa", "loss", "data", "optimizer", "train")
+DECISIVE = (
+  "seed", "model", "attention", "ssa", "nsa", "infllmv2", "nosa", "loss", "data", "optimizer",
+  "train",
+)  # fmt: skip
 INDIFFERENT = (
   "model.remat",
   "attention.kernels",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import errors
+from sparsejax import attention, errors
 from sparsejax.evaluation import subject as subjects
 
 # Neighbouring queries whose lists are joined.
@@ -41,9 +41,17 @@ def choose(subject: subjects.Subject) -> np.ndarray:
   Layers that choose no blocks, in a model where others do, have empty lists.
 
   Raises:
-    ConfigError: the model's method chooses no blocks.
+    ConfigError: the model's method chooses no blocks, or rows are too short for it to.
     DataError: no source has a validation split.
   """
+  options, length = subject.transformer.options, subject.config.data.sequence_length
+  sparse = [attention.METHODS[name] for name in attention.sparse_names(options)]
+  if sparse and all(method.is_dense(options, length) for method in sparse):
+    threshold = options.infllmv2.dense_length
+    raise errors.ConfigError(
+      f"rows of {length} tokens are below infllmv2.dense_length={threshold} and read whole, so "
+      "that there are no lists; take longer ones with --sequence_length."
+    )
   sources = [source for source in subject.corpus.sources if source.validation]
   if not sources:
     raise errors.DataError(

@@ -61,7 +61,7 @@ def load(
     budgets: that will be asked about; () is that of training.
 
   Raises:
-    ConfigError: an operation cannot run on what is asked for.
+    ConfigError: an operation cannot run on what is asked for, or a budget is too small.
     CheckpointError: no checkpoint, a damaged one, or data that are not its own.
     DataError: the data are missing or have another tokenizer.
   """
@@ -90,8 +90,9 @@ def load(
     )
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   transformer = build.make_model(config, max_documents=corpus.max_documents)
+  models = [build.with_budget(transformer, budget) for budget in budgets] or [transformer]
   try:
-    backends = _choose_backends(config, transformer, budgets)
+    backends = _choose_backends(config, models)
   except errors.ConfigError as error:
     raise errors.ConfigError(
       f"{error}\nFor a checkpoint, --kernels=auto does so for this evaluation."
@@ -108,8 +109,7 @@ def load(
   )
 
 
-def _choose_backends(config, transformer, budgets) -> list[pallas_kernels.Choice]:
+def _choose_backends(config, models) -> list[pallas_kernels.Choice]:
   """Each choice once: a kernel may have room for the lists of some budgets alone."""
-  models = [build.with_budget(transformer, budget) for budget in budgets] or [transformer]
   choices = [choice for model in models for choice in build.choose_backends(config, model)]
   return list(dict.fromkeys(choices))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels.block_selection import by_key, plan, xla
+from pallas_kernels.block_selection import api, by_key, plan, xla
 from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.problem import Problem, Rules
 
@@ -25,6 +25,7 @@ select_blocks = jax.jit(
     "num_local",
     "pooling",
     "num_by_query",
+    "normalizer",
     "implementation",
   ),
 )
@@ -65,6 +66,7 @@ def expected_lists(
   key_score=None,
   num_by_query=None,
   window_keys=None,
+  normalizer=None,
 ):
   """Lists by one query, one head and one block at a time."""
   q, k = np.float64(q), np.float64(k)
@@ -76,6 +78,12 @@ def expected_lists(
     if pooling is None
     else (pooling.size, pooling.stride, pooling.first, pooling.count)
   )
+
+  def window_key(row, j, keys, head):
+    if window_keys is not None:
+      return np.float64(window_keys[row, j, head])
+    return k[row, keys, head].mean(0)
+
   lists = np.full((b, t, num_kv, num_blocks), -1)
   for row in range(b):
     for query in range(t):
@@ -86,12 +94,17 @@ def expected_lists(
         n for n in range(own) if segments[row, (n + 1) * block_size - 1] == document
       ] + [own]
       # Complete windows of the document, and the keys that they average.
-      windows = {
-        j: [x for x in range(j * stride, j * stride + size) if segments[row, x] == document]
-        for j in range(s)
-        if j * stride + size - 1 <= position
-        and segments[row, j * stride + size - 1] == document
-      }
+      windows, coarse = (
+        {
+          j: [x for x in range(j * step, j * step + n) if segments[row, x] == document]
+          for j in range(s)
+          if j * step + n - 1 <= position and segments[row, j * step + n - 1] == document
+        }
+        for n, step in (
+          (size, stride),
+          (normalizer.size, normalizer.stride) if normalizer else (s + 1, 1),
+        )
+      )
       of_block = {
         n: [
           j
@@ -106,16 +119,14 @@ def expected_lists(
       for head in range(num_kv):
         sums = dict.fromkeys(windows, 0.0)
         for q_head in range(head * group, (head + 1) * group):
-          compared = {
-            j: k[row, keys, head].mean(0)
-            if window_keys is None
-            else np.float64(window_keys[row, j, head])
-            for j, keys in windows.items()
-          }
-          exponentials = {
-            j: np.exp(q[row, query, q_head] @ key * d**-0.5) for j, key in compared.items()
-          }
-          total = sum(exponentials.values())
+          exponentials, normalizers = (
+            {
+              j: np.exp(q[row, query, q_head] @ window_key(row, j, keys, head) * d**-0.5)
+              for j, keys in group.items()
+            }
+            for group in (windows, coarse)
+          )
+          total = sum((normalizers or exponentials).values())
           for j, value in exponentials.items():
             sums[j] += value / total
         by_query = {n: max((sums[j] for j in of_block[n]), default=0.0) for n in visible}
@@ -178,6 +189,11 @@ OPTIONS = {
   "nsa": (8, dict(num_blocks=4, num_initial=1, pooling=poolings.nsa_windows(8, 4, 2))),
   "nsa_long_windows": (4, dict(num_blocks=4, pooling=poolings.nsa_windows(4, 12, 2))),
   "nsa_whole_blocks": (8, dict(num_blocks=4, pooling=poolings.nsa_windows(8, 8, 8))),
+  "coarse_normalizer": (
+    8,
+    dict(num_blocks=4, pooling=poolings.infllm_v2(8), normalizer=poolings.Pooling(16, 8, 0, 1)),
+  ),
+  "nothing_by_query": (8, dict(num_blocks=4, num_by_query=2, num_initial=1)),
   "key_scores": (8, dict(num_blocks=5, num_by_query=2)),
   "nosa": (
     8,
@@ -449,11 +465,32 @@ def test_half_local_needs_an_even_number():
     select_blocks(q, keys, block_size=4, num_blocks=3, rule="half_local")
 
 
-def test_stripes_do_not_change_the_lists(monkeypatch):
+def test_a_coarse_normalizer_weighs_heads_anew():
+  """Else it would not show that it is there: it is the same for all blocks of a head."""
+  q, keys = make_problem(1, 64, 4, 1, 8)
+  run = functools.partial(select_blocks, 3 * q, keys, block_size=4, num_blocks=3)
+  plain, coarse = (as_sets(run(normalizer=x)) for x in (None, poolings.Pooling(16, 16, 0, 1)))
+  assert plain[:15] == coarse[:15]  # no coarse window is complete
+  assert plain != coarse
+
+
+def test_where_queries_choose_nothing_they_are_not_asked(monkeypatch):
+  monkeypatch.setitem(api._IMPLEMENTATIONS, "xla", None)
+  q, keys = make_problem(1, 32, 2, 1, 4)
+  score = jax.random.normal(jax.random.key(1), (1, 32, 1))
+  lists = pallas_kernels.select_blocks(
+    q, keys, block_size=4, num_blocks=3, num_by_query=1, key_score_BSK=score
+  )
+  assert len(as_sets(lists)[-1]) == 3
+
+
+@pytest.mark.parametrize("normalizer", [None, poolings.Pooling(16, 8, 0, 1)])
+def test_stripes_do_not_change_the_lists(normalizer, monkeypatch):
   q, keys = make_problem(2, 50, 4, 2, 8)
-  whole = select_blocks(q, keys, block_size=8, num_blocks=3)
+  options = dict(block_size=8, num_blocks=3, normalizer=normalizer)
+  whole = select_blocks(q, keys, **options)
   monkeypatch.setattr(xla, "SCORE_ELEMENTS", 2 * 4 * 7 * 16)
-  in_stripes = pallas_kernels.select_blocks(q, keys, block_size=8, num_blocks=3)
+  in_stripes = pallas_kernels.select_blocks(q, keys, **options)
   np.testing.assert_array_equal(whole, in_stripes)
 
 

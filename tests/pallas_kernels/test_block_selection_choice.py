@@ -19,6 +19,7 @@ from pallas_kernels.block_selection import pooling as poolings
     (dict(pooling=poolings.Pooling(4, 3, 0, 1)), "do not divide blocks of 4"),
     (dict(query_offset=1), "do not lie within 16 keys"),
     (dict(rule="half_local", num_local=2), "takes neither"),
+    (dict(normalizer=poolings.Pooling(8, 0, 0, 1)), "to normalise over have no size or no"),
     (
       dict(
         num_by_query=1,
@@ -78,6 +79,12 @@ def test_unknown_rule_is_refused():
     (
       dict(num_blocks=4096),
       "xla (mosaic_gpu has no room in shared memory for num_blocks=4096)",
+    ),
+    (dict(num_blocks=4096, num_by_query=4), "mosaic_gpu (the first choice)"),
+    (
+      dict(normalizer=poolings.Pooling(64, 64, 0, 1)),
+      "xla (mosaic_gpu normalises over the windows it scores, not over those of 64 keys every "
+      "64)",
     ),
   ],
 )

@@ -22,15 +22,28 @@ BY_DEFINITION = dict(full_implementation="reference", sparse_implementation="ref
 
 
 def make_problem():
-  return problems.make(2, 48, 4, 2, 16, 8, 2, documents=True)
+  return problems.make(2, 48, 4, 2, 16, 8, 2, documents=True, bias=True)
 
 
-def definitions(q, k, v, blocks, full_segments, sparse_segments):
+def definitions(q, k, v, bias, blocks, full_segments, sparse_segments):
   full = full_attention(
-    q, k, v, segments_BT=full_segments, max_documents=16, implementation="reference"
+    q,
+    k,
+    v,
+    segments_BT=full_segments,
+    max_documents=16,
+    key_bias_BTK=bias,
+    implementation="reference",
   )
   sparse, _ = block_sparse_attention(
-    q, k, v, blocks, block_size=8, segments_BS=sparse_segments, implementation="reference"
+    q,
+    k,
+    v,
+    blocks,
+    block_size=8,
+    segments_BS=sparse_segments,
+    key_bias_BSK=bias,
+    implementation="reference",
   )
   return full, sparse
 
@@ -40,13 +53,13 @@ def definitions(q, k, v, blocks, full_segments, sparse_segments):
 def test_both_streams_and_their_gradients_match_the_definitions(is_full_split, is_sparse_split):
   """Also where only one of the streams stops at the borders of documents."""
   problem = make_problem()
-  arrays = problem.q, problem.k, problem.v
+  arrays = problem.q, problem.k, problem.v, problem.key_bias
   full_segments = problem.segments if is_full_split else None
   sparse_segments = problem.segments if is_sparse_split else None
   # Not the same cotangent twice, so that streams which changed places show.
   cotangents = problem.dout, problem.dout[:, ::-1]
 
-  def run(q, k, v):
+  def run(q, k, v, bias):
     return dual_path_attention(
       q,
       k,
@@ -54,17 +67,18 @@ def test_both_streams_and_their_gradients_match_the_definitions(is_full_split, i
       problem.blocks,
       full_segments_BT=full_segments,
       sparse_segments_BT=sparse_segments,
+      key_bias_BTK=bias,
       **OPTIONS,
     )
 
-  def wanted(q, k, v):
-    return definitions(q, k, v, problem.blocks, full_segments, sparse_segments)
+  def wanted(q, k, v, bias):
+    return definitions(q, k, v, bias, problem.blocks, full_segments, sparse_segments)
 
   def outputs_and_gradients(function):
     outs, vjp = jax.vjp(jax.jit(function), *arrays)
     return *outs, *vjp(cotangents)
 
-  names = "full", "sparse", "dq", "dk", "dv"
+  names = "full", "sparse", "dq", "dk", "dv", "dbias"
   pairs = zip(outputs_and_gradients(run), outputs_and_gradients(wanted), strict=True)
   for name, (actual, exact) in zip(names, pairs, strict=True):
     np.testing.assert_allclose(actual, exact, atol=1e-4, err_msg=name)

@@ -28,7 +28,11 @@ def make_problem(b=2, t=64, h=4, k=2, d=8, dtype=jnp.float32, seed=0):
   ]
 
 
-def expected(q, k, v, segments=None, window=None):
+def make_bias(b=2, t=64, k=2, seed=5):
+  return 2.0 * jax.random.normal(jax.random.key(seed), (b, t, k))
+
+
+def expected(q, k, v, segments=None, window=None, bias=None):
   return full_attention(
     q,
     k,
@@ -36,6 +40,7 @@ def expected(q, k, v, segments=None, window=None):
     segments_BT=segments,
     max_documents=8,
     window=window,
+    key_bias_BTK=bias,
     implementation="reference",
   )
 
@@ -108,17 +113,71 @@ def test_without_segments_it_is_causal_attention():
 
 
 def test_long_rows_never_hold_all_scores():
-  t = 8192
+  t = 16384
   q = jax.ShapeDtypeStruct((1, t, 8, 8), jnp.float32)
   k = jax.ShapeDtypeStruct((1, t, 1, 8), jnp.float32)
   segments = jax.ShapeDtypeStruct((1, t), jnp.int32)
+  bias = jax.ShapeDtypeStruct((1, t, 1), jnp.float32)
 
-  def loss(q, k, segments):
-    return full_attention(q, k, k, segments_BT=segments, max_documents=4).sum()
+  def loss(q, k, segments, bias):
+    options = dict(segments_BT=segments, max_documents=4, key_bias_BTK=bias)
+    return full_attention(q, k, k, **options).sum()
 
-  compiled = jax.jit(jax.grad(loss)).lower(q, k, segments).compile()
-  # One array of all scores would take 2 GiB.
-  assert compiled.memory_analysis().temp_size_in_bytes < 8 * t * t * 4 / 2
+  compiled = jax.jit(jax.grad(loss, (0, 1, 3))).lower(q, k, segments, bias).compile()
+  # One array of all scores would take 8 GiB.
+  assert compiled.memory_analysis().temp_size_in_bytes < 8 * t * t * 4 / 4
+
+
+@pytest.mark.parametrize("elements", [2**26, 2 * 4 * 64 * 24], ids=["whole", "24"])
+def test_biases_of_keys_and_their_gradients_match_the_definition(elements, monkeypatch):
+  monkeypatch.setattr(xla, "STRIPE_ELEMENTS", elements)
+  arrays, segments = (*make_problem(), make_bias()), make_segments()
+  dout = jax.random.normal(jax.random.key(7), arrays[0].shape)
+
+  def run(q, k, v, bias):
+    return full_attention(q, k, v, segments_BT=segments, max_documents=4, key_bias_BTK=bias)
+
+  def outputs(function):
+    out, vjp = jax.vjp(jax.jit(function), *arrays)
+    return out, *vjp(dout)
+
+  wanted = outputs(lambda q, k, v, bias: expected(q, k, v, segments, bias=bias))
+  assert jnp.abs(wanted[-1]).max() > 0.1  # the bias matters
+  for a, w in zip(outputs(run), wanted, strict=True):
+    np.testing.assert_allclose(a, w, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("d", [64, 128])
+def test_further_channels_add_the_bias_in_full(d, dtype):
+  """What cuDNN multiplies, added up in float32: as exact as a bias in float32."""
+  q, k, v = make_problem(d=d, dtype=dtype)
+  bias, scale = make_bias(), d**-0.5
+
+  def scores(q, k):
+    q, k = (x.astype(jnp.float32) for x in (q, k))
+    return scale * jnp.einsum("bthd,bshd->bhts", q[:, :, ::2], k, precision="highest")
+
+  wide = jax.jit(lambda *x: cudnn.fold(*x, scale))(q, k, v, bias)
+  assert [x.shape[-1] for x in wide] == [d + 8] * 3
+  assert [x.dtype for x in wide] == [dtype] * 3
+  added = scores(*wide[:2]) - scores(q, k)
+  wanted = bias.transpose(0, 2, 1)[:, :, None]
+  np.testing.assert_allclose(added, jnp.broadcast_to(wanted, added.shape), atol=1e-5)
+  np.testing.assert_array_equal(wide[2][..., d:], 0)
+  np.testing.assert_array_equal(wide[2][..., :d], v)
+
+
+def test_the_gradient_of_a_folded_bias_is_that_of_the_scores():
+  q, k, v = make_problem(t=16)
+  dscores = jax.random.normal(jax.random.key(3), (2, 2, 16, 16))
+
+  def total(bias):
+    wide_q, wide_k, _ = cudnn.fold(q, k, v, bias, 0.25)
+    return (0.25 * jnp.einsum("bthd,bshd->bhts", wide_q[:, :, ::2], wide_k) * dscores).sum()
+
+  gradient = jax.grad(total)(make_bias(t=16))
+  np.testing.assert_allclose(gradient, dscores.sum(2).transpose(0, 2, 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +207,12 @@ class FakeDevice:
     self.compute_capability = compute_capability
 
 
-def shapes(*, head_dim=64, dtype=jnp.bfloat16, documents=False):
+def shapes(*, head_dim=64, dtype=jnp.bfloat16, documents=False, bias=False):
   q, k = (jax.ShapeDtypeStruct((2, 64, heads, head_dim), dtype) for heads in (4, 2))
   segments = jax.ShapeDtypeStruct((2, 64), jnp.int32) if documents else None
-  return (q, k, k), dict(segments_BT=segments, max_documents=4 if documents else None)
+  bias = jax.ShapeDtypeStruct((2, 64, 2), jnp.float32) if bias else None
+  options = dict(max_documents=4 if documents else None, key_bias_BTK=bias)
+  return (q, k, k), dict(segments_BT=segments, **options)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +222,12 @@ def shapes(*, head_dim=64, dtype=jnp.bfloat16, documents=False):
     ("9.0", dict(head_dim=256), "cudnn (the first choice)"),
     ("9.0", dict(dtype=jnp.float16), "cudnn (the first choice)"),
     ("8.0", dict(head_dim=128), "cudnn (the first choice)"),
+    ("9.0", dict(head_dim=248, bias=True), "cudnn (the first choice)"),
+    (
+      "9.0",
+      dict(head_dim=256, bias=True),
+      "xla (cudnn takes head sizes, with biases of keys, up to 248 in steps of 8, not 256)",
+    ),
     ("9.0", dict(dtype=jnp.float32), "xla (cudnn takes bfloat16 or float16, not float32)"),
     ("9.0", dict(head_dim=12), "xla (cudnn takes head sizes up to 256 in steps of 8, not 12)"),
     (
@@ -228,6 +295,7 @@ def test_where_there_is_no_gpu_strict_and_cudnn_are_refused():
     (dict(q=(1, 32, 3, 8)), "3 query heads do not group over 2"),
     (dict(v=(1, 16, 2, 8)), "k and v must be"),
     (dict(dtype=jnp.bfloat16), "share a dtype"),
+    (dict(bias=(1, 32, 4)), r"biases of keys must be \(1, 32, 2\), got \(1, 32, 4\)"),
     (dict(segments=(1, 16)), "segments must be"),
     (dict(segments=(1, 32), max_documents=None), "max_documents=None must be at least 1"),
     (dict(segments=(1, 32), max_documents=0), "max_documents=0 must be at least 1"),
@@ -238,6 +306,7 @@ def test_wrong_input_is_refused(change, message):
   q = jnp.ones(change.get("q", (1, 32, 4, 8)), change.get("dtype", jnp.float32))
   k, v = jnp.ones((1, 32, 2, 8)), jnp.ones(change.get("v", (1, 32, 2, 8)))
   segments = jnp.ones(change["segments"], jnp.int32) if "segments" in change else None
+  bias = jnp.ones(change["bias"]) if "bias" in change else None
   max_documents = change.get("max_documents", 4)
   # Unwrapped, since the hook that checks array types would see mismatched shapes first.
   choose = inspect.unwrap(choose_full_attention)
@@ -249,6 +318,7 @@ def test_wrong_input_is_refused(change, message):
       segments_BT=segments,
       max_documents=max_documents,
       window=change.get("window"),
+      key_bias_BTK=bias,
     )
 
 
@@ -256,31 +326,34 @@ def test_wrong_input_is_refused(change, message):
 def test_reference_is_the_definition(window):
   """One query and one head at a time in numpy."""
   q, k, v = make_problem(t=24)
-  segments = make_segments(length=24)
-  out = expected(q, k, v, segments, window)
-  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  segments, bias = make_segments(length=24), make_bias(t=24)
+  out = expected(q, k, v, segments, window, bias)
+  q, k, v, bias = (np.asarray(x, np.float64) for x in (q, k, v, bias))
   for row, query, head in np.ndindex(2, 24, 4):
     first = 0 if window is None else max(0, query + 1 - window)
     seen = [s for s in range(first, query + 1) if segments[row, s] == segments[row, query]]
     scores = k[row, seen, head // 2] @ q[row, query, head] * 8**-0.5
+    scores += bias[row, seen, head // 2]
     weights = np.exp(scores) / np.exp(scores).sum()
     wanted = weights @ v[row, seen, head // 2]
     np.testing.assert_allclose(out[row, query, head], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 511])
 @pytest.mark.parametrize("max_documents", [1, 3, 8])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_cudnn_keeps_documents_apart(head_dim, max_documents, window):
+def test_cudnn_keeps_documents_apart(head_dim, max_documents, window, has_bias):
   """Values and gradients of the packed form against masked attention in float32."""
   q, k, v = make_problem(b=3, t=512, h=8, k=2, d=head_dim, dtype=jnp.bfloat16)
   segments = make_segments(rows=3, length=512, num_documents=max(1, max_documents - 1))
   if max_documents == 1:
     segments = jnp.ones((3, 512), jnp.int32)
   dout = jax.random.normal(jax.random.key(9), q.shape)
+  inputs = q, k, v, make_bias(b=3, t=512) if has_bias else None
 
-  def run(q, k, v):
+  def run(q, k, v, bias):
     return full_attention(
       q,
       k,
@@ -288,14 +361,19 @@ def test_cudnn_keeps_documents_apart(head_dim, max_documents, window):
       segments_BT=segments,
       max_documents=max_documents,
       window=window,
+      key_bias_BTK=bias,
       implementation="cudnn",
     )
 
-  out, vjp = jax.vjp(jax.jit(run), q, k, v)
-  exact_inputs = [x.astype(jnp.float32) for x in (q, k, v)]
-  wanted, exact_vjp = jax.vjp(lambda *x: expected(*x, segments, window), *exact_inputs)
+  out, vjp = jax.vjp(jax.jit(run), *inputs)
+  exact_inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+  wanted, exact_vjp = jax.vjp(
+    lambda q, k, v, bias: expected(q, k, v, segments, window, bias), *exact_inputs
+  )
   pairs = zip((out, *vjp(dout.astype(out.dtype))), (wanted, *exact_vjp(dout)), strict=True)
   for actual, exact in pairs:
+    if exact is None:  # there is no bias
+      continue
     error = jnp.linalg.norm(actual.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
     assert error < 1e-2
 

@@ -93,6 +93,40 @@ def test_methods_in_order():
 
 
 @pytest.mark.parametrize(
+  ("changes", "scores", "has_head"),
+  [
+    (dict(attention__method="moba"), 1 / 8, False),
+    (dict(attention__method="infllmv2"), 1 / 2, False),
+    (dict(attention__method="infllmv2", infllmv2__normalizer="coarse"), 1 / 2 + 1 / 8, False),
+    (dict(attention__method="nosa"), 1 / 2, True),
+    (dict(attention__method="nosa", nosa__num_query_aware=0), 0, True),
+    (dict(attention__method="dma"), 0, True),
+  ],
+)
+def test_selection_and_heads_cost_their_products(changes, scores, has_head):
+  """Beside the keys that are read: 2 H D per score forward; 6 (K D) K for a head."""
+  transformer = small.make_model(**changes)
+  shape, options = transformer.shape, transformer.options
+  matrices = cost.dense_flops_per_token(shape, 1) - 2 * 12 * 4 * 8
+  read = 2 * 12 * 4 * 8 * cost.mean_keys_sparse(64, options)
+  selection = 2 * (2 * 4 * 8 * cost.mean_keys_full(64) * scores + has_head * 6 * 2 * 8 * 2)
+  flops = cost.train_flops_per_token(shape, options, 64)
+  assert flops == pytest.approx(matrices + read + selection)
+
+
+@pytest.mark.parametrize("method", ["infllmv2", "ssa"])
+def test_a_dense_row_costs_full_attention_once(method):
+  for dense_length, is_dense in ((65, True), (64, False)):
+    transformer = small.make_model(
+      attention__method=method,
+      attention__sparse_method="infllmv2",
+      infllmv2__dense_length=dense_length,
+    )
+    flops = cost.train_flops_per_token(transformer.shape, transformer.options, 64)
+    assert (flops == cost.dense_flops_per_token(transformer.shape, 64)) == is_dense
+
+
+@pytest.mark.parametrize(
   ("kind", "expected"),
   [
     ("NVIDIA H200", 989.0),

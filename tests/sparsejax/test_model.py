@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax import attention, losses, model, parameters, sharding
+from sparsejax import attention, errors, losses, model, parameters, sharding
 from sparsejax.configuration import build
 from tests import small
 
@@ -28,8 +28,15 @@ def run(transformer, params, batch, stream="train", use_full=True):
   )(params, batch)
 
 
-@pytest.mark.parametrize("stream", ["train", "full", "sparse"])
-@pytest.mark.parametrize("method", attention.METHODS)
+@pytest.mark.parametrize(
+  ("method", "stream"),
+  [
+    *((method, "train") for method in attention.METHODS),
+    ("full", "sparse"),
+    ("ssa", "sparse"),
+    ("nosa", "full"),
+  ],
+)
 def test_later_tokens_change_nothing_before_them(method, stream):
   transformer = small.make_model(attention__method=method)
   params = small.make_params(transformer, scale=4.0)
@@ -89,16 +96,15 @@ def test_all_methods_share_their_parameters():
 
   What a method has of its own is in one place beside them.
   """
+  own = set()
   for method in attention.METHODS:
-    shapes, full = (
-      jax.eval_shape(
-        functools.partial(small.make_params, small.make_model(attention__method=name))
-      )
-      for name in (method, "full")
-    )
-    own = shapes["layers"]["self_attn"].pop("sparse", {})
-    assert shapes == full
-    assert bool(own) == (method == "nsa")
+    transformer = small.make_model(attention__method=method)
+    params = jax.eval_shape(functools.partial(small.make_params, transformer))
+    if params["layers"]["self_attn"].pop("sparse", None):
+      own.add(method)
+    shared = params if method == "full" else shared
+    assert params == shared
+  assert own == {"dma", "ed_dma", "nosa", "nsa"}
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -221,6 +227,19 @@ def test_weights_are_divided_as_the_rules_say():
   assert attn["q_proj"]["kernel"] == (None, "fsdp", "tensor", None)
   assert attn["o_proj"]["kernel"] == (None, "tensor", None, "fsdp")
   assert mlp["down_proj"]["kernel"] == (None, "tensor", "fsdp")
+
+
+def test_a_budget_without_room_for_forced_blocks_is_refused():
+  nosa = small.make_model(
+    attention__method="ssa", attention__sparse_method="nosa", infllmv2__num_local=2
+  )
+  # Two local ones and one that the query chooses.
+  assert build.with_budget(nosa, 24).options.num_blocks == 3
+  with pytest.raises(
+    errors.ConfigError,
+    match=r"a budget of 16 keys is 2 blocks of 8, fewer than the 3 that .* take at least 24",
+  ):
+    build.with_budget(nosa, 16)
 
 
 def test_a_budget_changes_the_blocks_and_nothing_else():

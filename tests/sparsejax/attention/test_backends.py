@@ -27,14 +27,12 @@ def choose(**keys):
 def test_every_operation_of_both_streams_is_there_once(method):
   blocks = ["block_selection", "block_sparse_attention"]
   own = dict(
-    full=blocks,
-    moba=blocks,
     nsa=["compressed_attention", *blocks, "sliding_window_attention"],
     sliding_window=["sliding_window_attention"],
     ssa=[*blocks, "dual_path_attention"],
   )
   ops = [choice.op for choice in choose(method=method)]
-  assert ops == ["full_attention", *own[method]]
+  assert ops == ["full_attention", *own.get(method, blocks)]
 
 
 def test_a_cpu_takes_xla_and_says_why():
@@ -202,6 +200,58 @@ def test_operations_are_asked_about_as_the_methods_call_them(monkeypatch):
     full_implementation="strict",
     sparse_implementation="strict",
   )
+
+
+@pytest.mark.parametrize(
+  ("method", "sparse_method", "biased"),
+  [
+    ("nosa", "moba", ["full_attention", "block_sparse_attention"]),
+    ("ssa", "dma", ["full_attention", "block_sparse_attention", "dual_path_attention"]),
+    # Training runs full attention, without the head that only selection has.
+    ("full", "nosa", ["block_sparse_attention"]),
+    ("infllmv2", "nosa", []),
+  ],
+)
+def test_operations_are_asked_about_the_biases_that_they_get(
+  method, sparse_method, biased, monkeypatch
+):
+  asked = {}
+  for op in ("full_attention", "block_sparse_attention", "dual_path_attention"):
+
+    def ask(*arrays, op=op, **options):
+      asked[op] = [x.shape for key, x in options.items() if key.startswith("key_bias")]
+      return pallas_kernels.Choice(op, "fast", "why")
+
+    monkeypatch.setattr(pallas_kernels, f"choose_{op}", ask)
+  choose(method=method, sparse_method=sparse_method)
+  assert {op: shapes for op, shapes in asked.items() if shapes} == {
+    op: [(1, 64, 2)] for op in biased
+  }
+
+
+@pytest.mark.parametrize(
+  ("normalizer", "selection"),
+  [
+    ("windows", "mosaic_gpu (the first choice)"),
+    (
+      "coarse",
+      "xla (mosaic_gpu normalises over the windows it scores, not over those of 16 keys every "
+      "8)",
+    ),
+  ],
+)
+@pytest.mark.parametrize("method", ["infllmv2", "nosa"])
+def test_selection_is_asked_about_its_windows(method, normalizer, selection, monkeypatch):
+  monkeypatch.setattr("pallas_kernels.devices.why_not_hopper", lambda: None)
+  options = small.make_model(
+    attention__method=method, infllmv2__normalizer=normalizer, infllmv2__num_windows=4
+  ).options
+  (said,) = (
+    str(choice)
+    for choice in backends.choose(options, **SHAPE)
+    if choice.op == "block_selection"
+  )
+  assert said == f"block_selection: {selection}"
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from tests import small
 
 STREAMS = ("train", "full", "sparse")
 T, E = 64, 32
+KERNEL_INIT = jax.nn.initializers.normal(0.5)
 
 
 def make_layer(method, dtype="float32", **changes):
-  options = small.make_model(attention__method=method).options
+  sections = {key: changes.pop(key) for key in list(changes) if "__" in key}
+  options = small.make_model(attention__method=method, **sections).options
   options = dataclasses.replace(options, **changes)
   return layer.Attention(
     width=E,
@@ -25,11 +27,12 @@ def make_layer(method, dtype="float32", **changes):
     num_kv_heads=2,
     head_dim=8,
     options=options,
-    kernel_init=jax.nn.initializers.normal(0.5),
+    kernel_init=KERNEL_INIT,
     dtype=dtype,
   )
 
 
+@functools.cache
 def make_inputs(rows=2, seed=0):
   batch = small.make_batch(rows=rows, length=T, seed=seed)
   x_BTE = jax.random.normal(jax.random.key(seed), (rows, T, E))
@@ -43,25 +46,35 @@ def make_inputs(rows=2, seed=0):
   return x_BTE, rotary.angles(batch.positions, 8, 1e4, scaling), batch.segments
 
 
-def make_run(module, inputs, stream, use_full=True):
-  """A jitted function of the layer's input, and the input."""
-  x_BTE, angles, segments = inputs
+@functools.cache
+def make_run(module, stream, use_full=True, rows=2):
+  """A jitted function of the layer's input, and the input of `make_inputs`."""
+  x_BTE, angles, segments = make_inputs(rows)
   arguments = (angles, segments, jnp.asarray(use_full), stream)
-  params = init(module, x_BTE, *arguments)
+  params = make_params(module)
   return jax.jit(lambda x_BTE: module.apply(params, x_BTE, *arguments)), x_BTE
 
 
-def init(module, x_BTE, angles, segments, use_full, stream="train"):
-  make = jax.jit(lambda rng: module.init(rng, x_BTE, angles, segments, use_full, stream))
-  return make(jax.random.key(1))
+@functools.cache
+def make_params(module):
+  inputs = make_inputs(rows=1)
+  make = jax.jit(lambda rng: module.init(rng, *inputs, jnp.asarray(True), "train"))
+  params = make(jax.random.key(1))
+  if "head" in params["params"].get("sparse", {}):
+    # Else an eviction head would have nothing to say.
+    head = params["params"]["sparse"]["head"]
+    head["scale"] = head["scale"].replace_boxed(jnp.asarray([0.4, -0.7]))
+  return params
 
 
-@pytest.mark.parametrize("use_full", [True, False], ids=["heads", "tails"])
 @pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("method", attention.METHODS)
-def test_the_future_has_no_gradient(method, stream, use_full):
+@pytest.mark.parametrize(
+  ("method", "use_full"),
+  [*((method, True) for method in attention.METHODS), ("ssa", False)],
+)
+def test_the_future_has_no_gradient(method, use_full, stream):
   """The gradient of output t with respect to inputs after t is zero, to the last bit."""
-  run, x_BTE = make_run(make_layer(method), make_inputs(), stream, use_full)
+  run, x_BTE = make_run(make_layer(method), stream, use_full)
   _, vjp = jax.vjp(lambda x: run(x)[0], x_BTE)
   for t in (0, 7, 8, 30, T - 2):
     (gradient,) = vjp(jnp.zeros((2, T, E)).at[:, t].set(1.0))
@@ -74,10 +87,9 @@ def test_the_future_has_no_gradient(method, stream, use_full):
 def test_documents_do_not_see_each_other(method, stream):
   """A packed row gives what each of its documents gives alone."""
   module = make_layer(method)
-  inputs = make_inputs(rows=1)
-  run, x_BTE = make_run(module, inputs, stream)
+  run, x_BTE = make_run(module, stream)
   packed = run(x_BTE)[0]
-  segments = np.asarray(inputs[2][0])
+  segments = np.asarray(make_inputs()[2][0])
   for document in range(1, segments.max() + 1):
     others = jnp.asarray(segments != document)[None, :, None]
     changed = run(jnp.where(others, 100.0 + x_BTE, x_BTE))[0]
@@ -93,7 +105,7 @@ def test_the_released_behaviour_crosses_documents(mask):
   last = segments == segments.max()
   crosses = {}
   for stream in ("full", "sparse"):
-    run, x_BTE = make_run(make_layer("moba", document_mask=mask), inputs, stream)
+    run, x_BTE = make_run(make_layer("moba", document_mask=mask), stream, rows=1)
     before = run(x_BTE)[0]
     after = run(jnp.where(jnp.asarray(~last)[None, :, None], 3.0 - x_BTE, x_BTE))[0]
     crosses[stream] = bool(jnp.abs(before - after)[0, last].max() > 1e-3)
@@ -102,46 +114,51 @@ def test_the_released_behaviour_crosses_documents(mask):
 
 @pytest.mark.parametrize("method", attention.METHODS)
 def test_everything_allowed_is_full_attention(method):
-  inputs = make_inputs()
-  module = make_layer(method, num_blocks=T // 8, window=T)
-  sparse, x_BTE = make_run(module, inputs, "sparse")
-  full, _ = make_run(module, inputs, "full")
+  sparse, x_BTE = make_run(make_layer(method, num_blocks=T // 8, window=T), "sparse")
+  full, _ = make_run(make_layer(method, window=T), "full")
   np.testing.assert_allclose(sparse(x_BTE)[0], full(x_BTE)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("method", attention.METHODS)
 def test_a_small_budget_is_not_full_attention(method):
-  inputs = make_inputs()
-  sparse, x_BTE = make_run(make_layer(method), inputs, "sparse")
-  full, _ = make_run(make_layer(method), inputs, "full")
+  sparse, x_BTE = make_run(make_layer(method), "sparse")
+  full, _ = make_run(make_layer(method), "full")
   assert jnp.abs(sparse(x_BTE)[0] - full(x_BTE)[0]).max() > 1e-2
 
 
 def test_training_runs_the_stream_that_the_method_is_for():
-  """full trains full, ssa what the coin says, all others sparse; with one set of weights."""
-  inputs = make_inputs()
+  """full trains full, moba trains sparse, ssa what the coin says; with one set of weights."""
+  x_BTE = make_inputs()[0]
   runs = {
-    (method, stream, coin): make_run(make_layer(method), inputs, stream, coin)[0](inputs[0])[0]
-    for method in attention.METHODS
+    (method, stream, coin): make_run(make_layer(method), stream, coin)[0](x_BTE)[0]
+    for method in ("full", "moba", "ssa")
     for stream in STREAMS
     for coin in (True, False)
   }
   expected = {("full", True): "full", ("full", False): "full"}
   expected |= {("ssa", True): "full", ("ssa", False): "sparse"}
-  expected |= {(name, coin): "sparse" for name in attention.SPARSE_METHODS for coin in (0, 1)}
+  expected |= {("moba", coin): "sparse" for coin in (True, False)}
   for (method, coin), stream in expected.items():
-    # SSA's sparse side is moba.
-    same = "ssa" if method in ("full", "moba") else method
     np.testing.assert_array_equal(
-      runs[method, "train", coin], runs[same, stream, True], err_msg=f"{method} {coin}"
+      runs[method, "train", coin], runs["ssa", stream, True], err_msg=f"{method} {coin}"
     )
+
+
+@pytest.mark.parametrize("method", attention.SPARSE_METHODS)
+def test_methods_that_select_train_sparse(method):
+  module = make_layer(method)
+  arguments = make_params(module), *make_inputs(rows=1), jnp.asarray(True)
+
+  def program(stream):
+    return str(jax.make_jaxpr(lambda *x: module.apply(*x, stream))(*arguments))
+
+  assert program("train") == program("sparse") != program("full")
 
 
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("method", attention.METHODS)
 def test_gradients_are_finite_in_bfloat16(method, stream):
-  inputs = make_inputs()
-  run, x_BTE = make_run(make_layer(method, dtype="bfloat16"), inputs, stream)
+  run, x_BTE = make_run(make_layer(method, dtype="bfloat16"), stream)
 
   def total(x_BTE):
     out_BTE, align = run(x_BTE)
@@ -161,8 +178,8 @@ def test_the_gate_is_a_switch(method):
   x_BTE, angles, segments = inputs
   arguments = (angles, segments, jnp.asarray(True), "full")
   on, off = make_layer(method), make_layer(method, gate=False)
-  params = init(on, x_BTE, *arguments)["params"]
-  assert "g_proj" not in init(off, x_BTE, *arguments)["params"]
+  params = make_params(on)["params"]
+  assert "g_proj" not in make_params(off)["params"]
   # sigmoid(0) = 1/2 for every head.
   closed = params | {"g_proj": jax.tree.map(jnp.zeros_like, params["g_proj"])}
   bare = {name: value for name, value in params.items() if name != "g_proj"}
@@ -172,15 +189,18 @@ def test_the_gate_is_a_switch(method):
 
 
 @pytest.mark.parametrize(
-  "sizes", [(8, 1, 1), (2, 2, 2)], ids=["data_8", "data_2_fsdp_2_tensor_2"]
+  ("method", "sizes"),
+  [
+    *(pytest.param(method, (2, 2, 2), id=method) for method in attention.METHODS),
+    pytest.param("ssa", (8, 1, 1), id="ssa_data_8"),
+  ],
 )
-@pytest.mark.parametrize("method", attention.METHODS)
 def test_eight_devices_equal_one(method, sizes):
   inputs = make_inputs(rows=8)
   module = make_layer(method)
   x_BTE, angles, segments = inputs
   arguments = (angles, segments, jnp.asarray(True))
-  params = init(module, x_BTE, *arguments)
+  params = make_params(module)
 
   @functools.partial(jax.jit, static_argnames="stream")
   def run(params, x_BTE, angles, segments, use_full, stream):

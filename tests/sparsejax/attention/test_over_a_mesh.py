@@ -12,7 +12,6 @@ import pytest
 from pallas_kernels import devices
 from pallas_kernels.full_attention import cudnn
 from sparsejax import attention, parameters, sharding
-from sparsejax.attention import method
 from tests import small
 
 ROWS, T, H, K, D = 8, 64, 4, 2, 64
@@ -47,12 +46,13 @@ def make_gradient(transformer, stream):
   return jax.jit(jax.grad(loss))
 
 
-def trace(mesh, stream, kernels):
+def trace(mesh, stream, kernels, **changes):
   transformer = small.make_model(
     model__head_dim=D,
     model__dtype="bfloat16",
     attention__block_size=16,
     attention__kernels=kernels,
+    **changes,
   )
   params = parameters.abstract(transformer, mesh)
   batch = jax.tree.map(
@@ -103,8 +103,34 @@ def test_gpus_run_kernels_on_their_own_rows_and_heads(hopper, stream, sizes, ker
   assert count_kernels(trace(mesh, stream, "auto")) == count_kernels(strict)
 
 
-@pytest.mark.parametrize("stream", method.STREAMS)
-@pytest.mark.parametrize("name", attention.METHODS)
+@pytest.mark.skipif(
+  jax.devices()[0].platform == "gpu", reason="pretends to have eight GPUs that it has not"
+)
+def test_a_bias_leaves_everything_on_kernels(hopper):
+  """SSA over NOSA: full attention, selection and sparse attention, and their gradients."""
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  changes = dict(attention__sparse_method="nosa", infllmv2__num_windows=7)
+  text = trace(mesh, "train", "strict", **changes).lower(lowering_platforms=("cuda",)).as_text()
+  # The bias comes to cuDNN as eight further channels of a device's own rows and heads.
+  calls = [line for line in text.splitlines() if "custom_call @__cudnn" in line]
+  assert calls
+  for call in calls:
+    assert f"tensor<{ROWS // 4}x{T}x{K // 2}x{D + 8}xbf16>" in call
+    assert f"x{T}x{T}x" not in call
+  # Selection, attention, and its two gradients.
+  assert text.count("custom_call @mosaic_gpu") >= 4
+
+
+# Of the other streams, those that no method trains on, with and without a bias.
+@pytest.mark.parametrize(
+  ("name", "stream"),
+  [
+    *((name, "train") for name in attention.METHODS),
+    ("full", "sparse"),
+    ("ssa", "full"),
+    ("nosa", "full"),
+  ],
+)
 def test_rows_never_leave_their_device(name, stream):
   """Only sums over the batch do: of the loss, and of the gradient of parameters."""
   mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)

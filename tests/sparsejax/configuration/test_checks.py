@@ -60,6 +60,12 @@ def test_sizes_begin_at_one(key):
       checks.check(load(f"{key}={value}"))
 
 
+@pytest.mark.parametrize("key", checks.AT_LEAST_ZERO)
+def test_numbers_that_may_be_none_begin_at_zero(key):
+  with pytest.raises(errors.ConfigError, match=rf"(?m)^{key}=-1 must be at least 0\.$"):
+    checks.check(load(f"{key}=-1"))
+
+
 @pytest.mark.parametrize(
   ("assignments", "message"),
   [
@@ -96,7 +102,7 @@ def test_sizes_begin_at_one(key):
     (
       ["attention.layer_methods=moba,ful"],
       "unknown method in attention.layer_methods 'ful'. Did you mean 'full'? There are: full, "
-      "moba, nsa, sliding_window, ssa.",
+      "moba, infllmv2, dma, ed_dma, nosa, nsa, sliding_window, ssa.",
     ),
     (
       ["attention.layer_methods=moba,moba,full"],
@@ -149,6 +155,50 @@ def test_sizes_begin_at_one(key):
         ("attention.sparse_implementation", "xla"),
         ("attention.sparse_implementation", "reference"),
       )
+    ),
+    (
+      ["attention.method=infllmv2", "infllmv2.num_local=4", "infllmv2.num_initial=1"],
+      "attention.num_blocks=4 has no room for the 1 initial + 4 local blocks of "
+      "attention.method='infllmv2'; take at least 5, or lower infllmv2.num_local.",
+    ),
+    (
+      ["attention.sparse_method=dma", "infllmv2.num_local=4", "infllmv2.local_window=released"],
+      "attention.num_blocks=4 has no room for the 0 initial + 5 local blocks of "
+      "attention.sparse_method='dma'; take at least 5, or lower infllmv2.num_local.",
+    ),
+    (
+      ["attention.method=nosa", "nosa.num_query_aware=5"],
+      "attention.num_blocks=4 has no room for the 0 initial + 2 local + 5 query-aware blocks "
+      "of attention.method='nosa'; take at least 7, or lower infllmv2.num_local or "
+      "nosa.num_query_aware.",
+    ),
+    (
+      ["attention.method=nosa", "nosa.num_query_aware=3", "infllmv2.local_window=released"],
+      "attention.num_blocks=4 has no room for the 0 initial + 3 local + 2 query-aware blocks "
+      "of attention.method='nosa'; take at least 5, or lower infllmv2.num_local or "
+      "nosa.num_query_aware.",
+    ),
+    (
+      ["attention.method=infllmv2", "infllmv2.window_stride=5"],
+      "infllmv2.window_stride=5 does not divide attention.block_size=16; take 1 or 2 or 4 or 8 "
+      "or 16.",
+    ),
+    (
+      ["attention.method=ed_dma", "infllmv2.num_local=1"],
+      "infllmv2.num_local=1 is too few for attention.method='ed_dma': the windows of a block "
+      "reach 24 keys from its beginning, beyond what a query sees of it; take at least 2, or "
+      "fewer or shorter windows.",
+    ),
+    (
+      ["attention.method=nosa", "infllmv2.num_windows=14", "infllmv2.local_window=released"],
+      "infllmv2.num_local=2 is too few for attention.method='nosa': the windows of a block "
+      "reach 60 keys from its beginning, beyond what a query sees of it; take at least 3, or "
+      "fewer or shorter windows.",
+    ),
+    (
+      ["attention.method=nosa", "attention.selection=half_local"],
+      "attention.selection='half_local' is a rule of moba's; attention.method='nosa' selects "
+      "by 'exact' alone, so set that.",
     ),
     (
       ["train.accumulate_steps=3"],
@@ -241,6 +291,15 @@ def test_a_contradiction_names_values_limits_and_remedy(assignments, message):
     ["data.sequence_length=240"],
     ["attention.num_blocks=16"],
     ["attention.num_blocks=1"],
+    ["attention.method=infllmv2", "infllmv2.num_local=4"],
+    ["attention.method=infllmv2", "infllmv2.num_local=1"],
+    ["attention.method=nosa", "nosa.num_query_aware=2"],
+    ["attention.method=nosa", "nosa.num_query_aware=2", "infllmv2.local_window=released"],
+    ["attention.method=nosa", "infllmv2.local_window=released", "infllmv2.num_local=1"],
+    ["attention.method=dma", "infllmv2.num_windows=7"],
+    # Sections that the method does not read.
+    ["attention.method=ssa", "infllmv2.num_local=99", "infllmv2.window_stride=5"],
+    ["attention.method=moba", "attention.sparse_method=nosa", "nosa.num_query_aware=99"],
     ["attention.selection=exact", "attention.num_blocks=3"],
     ["attention.layer_methods=full"],
     ["attention.layer_methods=moba,full"],
@@ -281,14 +340,18 @@ def test_the_limits_themselves_are_allowed(assignments):
   [
     ("data.sequence_length=250", "data.sequence_length=240"),
     ("attention.num_blocks=17", "attention.num_blocks=16"),
+    ("attention.sparse_method=nosa nosa.num_query_aware=5", "attention.num_blocks=7"),
+    ("attention.method=dma infllmv2.num_local=1", "infllmv2.num_local=2"),
+    ("attention.method=infllmv2 infllmv2.window_stride=5", "infllmv2.window_stride=4"),
     ("train.accumulate_steps=3", "data.batch_size=15"),
     ("optimizer.schedule=wsd", "optimizer.decay_steps=24"),
   ],
 )
 def test_the_remedy_works(assignment, remedy):
   value = remedy.partition("=")[2]
-  assert re.search(rf"\b{value}\b", problem(assignment))
-  checks.check(load(assignment, remedy))
+  assignments = assignment.split()
+  assert re.search(rf"\b{value}\b", problem(*assignments))
+  checks.check(load(*assignments, remedy))
 
 
 def test_every_problem_is_named_at_once():

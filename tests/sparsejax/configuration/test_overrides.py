@@ -109,7 +109,7 @@ def test_a_wrong_type_is_refused_with_an_example(argument, message):
     ("num_blocks=4", r"Did you mean 'attention.num_blocks'"),
     ("train.batch_size=4", r"Did you mean 'data.batch_size'"),
     ("model.rope_scaling.factors=4", r"'model.rope_scaling.factor'"),
-    ("seeed=4", r"Did you mean 'seed'\? Top-level keys: attention, data, loss, mesh"),
+    ("seeed=4", r"Did you mean 'seed'\? Top-level keys: attention, data, infllmv2, loss"),
     ("zzzz=4", r"unknown config key 'zzzz'\. Top-level keys"),
     ("loss.zzzz=4", r"'loss.zzzz'\. Keys of 'loss': chunk_length, ignore_first"),
     ("seed.inner=4", r"unknown config key 'seed.inner'"),
@@ -279,3 +279,57 @@ def test_text_has_a_line_for_every_key():
 def test_flattening_names_leaves_by_their_path():
   config = ml_collections.ConfigDict(dict(b=dict(z=1, a=dict(c=2)), a=3))
   assert overrides.flatten(config) == {"a": 3, "b.a.c": 2, "b.z": 1}
+
+
+@pytest.mark.parametrize(
+  ("preset", "method"),
+  [
+    ("infllmv2_1b", "infllmv2"),
+    ("dma_1b", "dma"),
+    ("nosa_1b", "nosa"),
+    ("ssa_nosa_1b", "ssa"),
+    ("nosa_3b", "nosa"),
+    ("nosa_8b", "nosa"),
+  ],
+)
+def test_presets_of_the_long_stage_have_nosas_setting(preset, method):
+  config = load(preset=preset)
+  assert config.attention.method == method
+  published = {
+    "attention.block_size": 64,
+    "attention.num_blocks": 64,
+    "infllmv2.num_initial": 1,
+    "infllmv2.num_local": 16,
+    "infllmv2.local_window": "paper",
+    "infllmv2.window_size": 32,
+    "infllmv2.window_stride": 16,
+    "infllmv2.num_windows": 5,
+    "nosa.num_query_aware": 16,
+    "nosa.eviction_head": "ed_dma",
+    "model.num_key_value_heads": 2,
+    "data.sequence_length": 16384,
+  }
+  flat = overrides.flatten(config)
+  assert {key: flat[key] for key in published} == published
+  tokens = flat["train.num_steps"] * flat["data.batch_size"] * flat["data.sequence_length"]
+  assert tokens == pytest.approx(5e9, rel=1e-3)
+
+
+def test_nosas_8b_shape():
+  model = load(preset="nosa_8b").model
+  assert (model.num_hidden_layers, model.hidden_size) == (32, 4096)
+  assert (model.num_attention_heads, model.num_key_value_heads, model.head_dim) == (32, 2, 128)
+
+
+def test_blocks_and_windows_of_base_are_a_quarter_of_nosas():
+  """So that the bound on locality is the paper's."""
+  ours, paper = (overrides.flatten(load(preset=p)) for p in ("nosa_20m", "nosa_1b"))
+  for key in (
+    "attention.block_size",
+    "attention.num_blocks",
+    "infllmv2.num_local",
+    "infllmv2.window_size",
+    "infllmv2.window_stride",
+    "nosa.num_query_aware",
+  ):
+    assert 4 * ours[key] == paper[key], key

@@ -22,14 +22,14 @@ def test_unions_are_those_of_plain_sets():
   assert block_lists.mean_union(blocks, 4) == pytest.approx(np.mean(sizes))
 
 
-def make_workdir(path, method):
-  config = small.make_config(data__sources=("recall",), attention__method=method)
+def make_workdir(path, method, **changes):
+  config = small.make_config(data__sources=("recall",), attention__method=method, **changes)
   config.data.update(recall_pairs=2, recall_queries=2)
   small.save_checkpoints(path / method, config)
   return path / method, config
 
 
-@pytest.mark.parametrize("method", ["ssa", "moba", "full", "nsa"])
+@pytest.mark.parametrize("method", ["ssa", "nosa", "full", "nsa"])
 def test_the_task_saves_the_lists_of_every_layer(tmp_path, method):
   workdir, config = make_workdir(tmp_path, method)
   request = table.Request(path=workdir, tasks=("block_lists",))
@@ -54,4 +54,11 @@ def test_a_method_without_lists_is_refused(tmp_path):
   with pytest.raises(
     errors.ConfigError, match=r"attention.method='sliding_window' chooses no blocks"
   ):
+    table.run(request, base.get_config())
+
+
+def test_rows_that_are_read_whole_have_no_lists(tmp_path):
+  workdir, _ = make_workdir(tmp_path, "infllmv2", infllmv2__dense_length=65)
+  request = table.Request(path=workdir, tasks=("block_lists",))
+  with pytest.raises(errors.ConfigError, match=r"rows of 64 tokens are below .*length=65 and"):
     table.run(request, base.get_config())
