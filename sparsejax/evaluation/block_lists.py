@@ -44,7 +44,13 @@ def choose(subject: subjects.Subject) -> np.ndarray:
     ConfigError: the model's method chooses no blocks, or rows are too short for it to.
     DataError: no source has a validation split.
   """
-  options, length = subject.transformer.options, subject.config.data.sequence_length
+  sources = [source for source in subject.corpus.sources if source.validation]
+  if not sources:
+    raise errors.DataError(
+      "none of the data has a validation split; prepare it with --validation_fraction above 0."
+    )
+  row = sources[0].validation[0]
+  options, length = subject.transformer.options, len(row.inputs)
   sparse = [attention.METHODS[name] for name in attention.sparse_names(options)]
   if sparse and all(method.is_dense(options, length) for method in sparse):
     threshold = options.infllmv2.dense_length
@@ -52,12 +58,6 @@ def choose(subject: subjects.Subject) -> np.ndarray:
       f"rows of {length} tokens are below infllmv2.dense_length={threshold} and read whole, so "
       "that there are no lists; take longer ones with --sequence_length."
     )
-  sources = [source for source in subject.corpus.sources if source.validation]
-  if not sources:
-    raise errors.DataError(
-      "none of the data has a validation split; prepare it with --validation_fraction above 0."
-    )
-  row = sources[0].validation[0]
   # Devices share rows: each takes the same one.
   rows = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], subject.mesh.size, 0), row)
 
@@ -80,7 +80,7 @@ def choose(subject: subjects.Subject) -> np.ndarray:
     names = [str(getattr(key, "key", "")) for key in path]
     if "blocks" in names:
       found[next((int(name) for name in names if name.isdigit()), 0)] = np.asarray(value[:, 0])
-  pattern = subject.transformer.options.pattern
+  pattern = options.pattern
   if not found:
     raise errors.ConfigError(
       f"attention.method={'+'.join(pattern)!r} chooses no blocks; --tasks=block_lists is for "
