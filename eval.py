@@ -17,7 +17,9 @@ from sparsejax.evaluation import table
 WORKDIR = flags.DEFINE_string("workdir", None, "What train.py wrote, or one checkpoint of it.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
 TASKS = flags.DEFINE_list(
-  "tasks", ["perplexity"], "What to ask: perplexity; block_lists, which the model chooses."
+  "tasks",
+  ["perplexity"],
+  "What to ask: perplexity; block_lists, which the model chooses; diagnostics.",
 )
 MODES = flags.DEFINE_list("modes", ["full", "sparse"], "Modes of inference.")
 BUDGETS = flags.DEFINE_list(

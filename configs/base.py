@@ -145,6 +145,15 @@ def get_config() -> ml_collections.ConfigDict:
     wandb_project=config_dict.placeholder(str),  # None: no Weights & Biases
     watchdog_minutes=30.0,  # a step that takes longer dumps all stacks and exits
   )
+  # Where attention's mass lies and which blocks are chosen, on the first validation rows, at
+  # every validation: sparsejax/diagnostics/look.py says what each number is.
+  c.diagnostics = dict(
+    enabled=False,
+    num_rows=1,  # of the first source with a validation split
+    num_queries=64,  # sampled of each row, for what needs all keys' probabilities
+    num_sink_keys=16,  # at a document's beginning, whose mass is told
+    tile=8,  # neighbouring queries whose lists are joined
+  )
   c.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all remaining devices
 
   return c.lock()

@@ -25,7 +25,10 @@ class BlockSparse(method.SparseMethod):
 
   def __call__(self, q_BTHD, k_BTKD, v_BTKD, tokens, stream) -> method.Attended:
     score_BTK = self.key_scores(v_BTKD)
+    if score_BTK is not None:
+      self.sow("intermediates", "key_bias", score_BTK)
     if stream == "full" or self.is_dense(self.options, q_BTHD.shape[1]):
+      self.choose(q_BTHD, k_BTKD, v_BTKD, tokens)
       out_BTHD = full.full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, self.options, score_BTK)
     else:
       out_BTHD = self._sparse(q_BTHD, k_BTKD, v_BTKD, tokens, score_BTK)
@@ -58,6 +61,11 @@ class BlockSparse(method.SparseMethod):
     return sharding.per_device(attend, axes, (HEADS, HEADS))(
       q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, *segments, score_BTK
     )
+
+  def choose(self, q_BTHD, k_BTKD, v_BTKD, tokens) -> None:
+    is_dense = self.is_dense(self.options, q_BTHD.shape[1])
+    if self.is_mutable_collection("intermediates") and not is_dense:
+      self._select(q_BTHD, k_BTKD, tokens, self.key_scores(v_BTKD))
 
   def _sparse(self, q_BTHD, k_BTKD, v_BTKD, tokens, score_BTK):
     options = self.options

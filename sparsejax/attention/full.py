@@ -21,6 +21,8 @@ class Full(nn.Module):
       self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, "sparse")
     if stream == "sparse" and self.sparse is not None:
       return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream)
+    if self.sparse is not None:
+      self.sparse.choose(q_BTHD, k_BTKD, v_BTKD, tokens)
     out_BTHD = full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, self.options)
     return method.Attended(out_BTHD, jnp.float32(0))
 

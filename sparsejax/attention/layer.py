@@ -37,6 +37,10 @@ class Attention(nn.Module):
     k_BTKD = sharding.constrain(k_BTKD, "batch", "length", "kv_heads", None)
     v_BTKD = sharding.constrain(v_BTKD, "batch", "length", "kv_heads", None)
 
+    # For whoever looks: apply(..., mutable=["intermediates"]).
+    self.sow("intermediates", "queries", q_BTHD)
+    self.sow("intermediates", "keys", k_BTKD)
+
     gate_BTH = self._gate(x_BTE)
     tokens = method.Tokens(segments_BT, gate_BTH, use_full, x_BTE, angles_BTD)
     attend = make_method(self.options, self.kernel_init)

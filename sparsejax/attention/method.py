@@ -301,6 +301,13 @@ class SparseMethod(nn.Module):
     del options, length
     return False
 
+  def choose(self, q_BTHD, k_BTKD, v_BTKD, tokens: Tokens) -> None:
+    """Where the full stream runs: shows the lists that the sparse one would read, if asked.
+
+    That is, if someone looks (`mutable=["intermediates"]`) and the method has lists.
+    """
+    del q_BTHD, k_BTKD, v_BTKD, tokens
+
   def both(self, q_BTHD, k_BTKD, v_BTKD, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     """Outputs of the full and of the sparse stream, [B, T, H, D], for SSA to compare."""
     arrays = q_BTHD, k_BTKD, v_BTKD, tokens

@@ -35,6 +35,8 @@ class Nsa(method.SparseMethod):
       for name, x_BTKD in zip("kv", self._project("cmp", k_BTKD, v_BTKD, tokens), strict=True)
     )
     if is_full:
+      if self.is_mutable_collection("intermediates"):
+        self._select(q_BTHD, keys_BWKD, k_BTKD, segments_BT)
       selected_BTHD = full.full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, options)
     else:
       blocks_BTKM = self._select(q_BTHD, keys_BWKD, k_BTKD, segments_BT)

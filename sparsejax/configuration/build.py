@@ -11,6 +11,7 @@ from sparsejax import attention, errors, losses, model
 from sparsejax import optimizer as optimizers
 from sparsejax.attention import backends, rotary
 from sparsejax.data import corpus
+from sparsejax.diagnostics import look
 
 
 def make_corpus(
@@ -86,6 +87,16 @@ def make_loss_options(config: ml_collections.ConfigDict) -> losses.Options:
   return losses.Options(
     z_loss_weight=config.loss.z_loss_weight,
     align_weight=config.ssa.align_weight,
+    chunk_length=config.loss.chunk_length,
+  )
+
+
+def make_look_settings(config: ml_collections.ConfigDict) -> look.Settings:
+  """How closely diagnostics look."""
+  return look.Settings(
+    num_queries=config.diagnostics.num_queries,
+    num_sink_keys=config.diagnostics.num_sink_keys,
+    tile=config.diagnostics.tile,
     chunk_length=config.loss.chunk_length,
   )
 

@@ -27,18 +27,25 @@ def overlap(blocks_BTKM) -> jax.Array:
 
 
 def forced_share(
-  blocks_BTKM, *, block_size: int, num_initial: int, num_local: int, query_offset: int = 0
+  blocks_BTKM, first_BT, *, block_size: int, num_initial: int, num_local: int
 ) -> jax.Array:
   """The share of a list that is forced, whatever the scores, [B, T, K]; the rest is free.
 
-    forced(t) = |{b in list(t): b < I or own(t) - L < b <= own(t)}| / |list(t)|
+    forced(t) = |{b in list(t): b < first(t) + I or own(t) - L < b <= own(t)}| / |list(t)|
 
-  with I initial and L local blocks, and own(t) the query's own. 0 where it lists nothing.
+  with I initial and L local blocks, first(t) the block in which the query's document begins
+  and own(t) its own. 0 where it lists nothing.
+
+  Args:
+    blocks_BTKM: the lists.
+    first_BT: the key with which the document of each query begins.
+    block_size: keys per block.
+    num_initial, num_local: I and L.
   """
-  own_T = (query_offset + jnp.arange(blocks_BTKM.shape[1])) // block_size
-  own = own_T[None, :, None, None]
+  own_T = jnp.arange(blocks_BTKM.shape[1]) // block_size
+  own, first = own_T[None, :, None, None], first_BT[..., None, None] // block_size
   is_listed = blocks_BTKM >= 0
-  is_forced = (blocks_BTKM < num_initial) | (
+  is_forced = (blocks_BTKM < first + num_initial) | (
     (blocks_BTKM > own - num_local) & (blocks_BTKM <= own)
   )
   return (is_forced & is_listed).sum(-1) / jnp.maximum(is_listed.sum(-1), 1)

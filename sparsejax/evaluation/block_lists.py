@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import attention, errors
+from sparsejax.diagnostics import seen
 from sparsejax.evaluation import subject as subjects
 
 # Neighbouring queries whose lists are joined.
@@ -63,7 +64,7 @@ def choose(subject: subjects.Subject) -> np.ndarray:
 
   @jax.jit
   def look(params, rows):
-    _, seen = subject.transformer.apply(
+    _, shown = subject.transformer.apply(
       {"params": params},
       rows.inputs,
       rows.positions,
@@ -71,15 +72,13 @@ def choose(subject: subjects.Subject) -> np.ndarray:
       stream="sparse",
       mutable=["intermediates"],
     )
-    return seen
+    return shown
 
-  seen = look(subject.params, jax.tree.map(jnp.asarray, rows))
-  # Somewhere in the layers, by the method's own names; a stack for each place in the pattern.
-  found = {}
-  for path, value in jax.tree_util.tree_flatten_with_path(seen)[0]:
-    names = [str(getattr(key, "key", "")) for key in path]
-    if "blocks" in names:
-      found[next((int(name) for name in names if name.isdigit()), 0)] = np.asarray(value[:, 0])
+  shown = look(subject.params, jax.tree.map(jnp.asarray, rows))
+  found = {
+    place: np.asarray(x_SBTKM[:, 0])
+    for place, x_SBTKM in seen.by_place(shown, "blocks").items()
+  }
   pattern = options.pattern
   if not found:
     raise errors.ConfigError(

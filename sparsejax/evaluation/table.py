@@ -11,7 +11,7 @@ import numpy as np
 
 from sparsejax import errors
 from sparsejax.configuration import checks, record
-from sparsejax.evaluation import block_lists, perplexity
+from sparsejax.evaluation import block_lists, diagnostics, perplexity
 from sparsejax.evaluation import subject as subjects
 
 
@@ -108,8 +108,18 @@ def _block_lists(subject, request: Request, out):
   return cells, align(block_lists.rows(cells))
 
 
+def _diagnostics(subject, request: Request, out):
+  del request, out
+  cells = diagnostics.run(subject)
+  return cells, align(diagnostics.rows(cells))
+
+
 # Each gives cells, and a table of them as markdown.
-TASKS = {"perplexity": _perplexity, "block_lists": _block_lists}
+TASKS = {
+  "perplexity": _perplexity,
+  "block_lists": _block_lists,
+  "diagnostics": _diagnostics,
+}
 
 
 def markdown(cells: Sequence[perplexity.Cell]) -> str:

@@ -15,6 +15,7 @@ from sparsejax.configuration import build, checks, record
 from sparsejax.data import corpus as corpora
 from sparsejax.data import statistics
 from sparsejax.decoding import sample
+from sparsejax.diagnostics import look, rows
 from sparsejax.training import (
   continuation,
   metrics,
@@ -107,6 +108,7 @@ class _Run:
       num_batches=config.train.eval_batches,
       chunk_length=config.loss.chunk_length,
     )
+    self.look = look.make(self.transformer, build.make_look_settings(config))
     self.window = throughput.Window(
       throughput.make_costs(
         self.transformer,
@@ -306,8 +308,18 @@ class _Run:
       return
     self.validated = self.validator.run(self.state.params)
     self.validated_at = number
-    self.writers.write(number, self.validated)
-    self.progress.line(validation.line(number, self.validated))
+    values = self.validated | self._look()
+    self.writers.write(number, values)
+    self.progress.line(validation.line(number, values))
+
+  def _look(self) -> dict[str, float]:
+    """Diagnostics of the first validation rows, if they are asked for."""
+    if not self.config.diagnostics.enabled:
+      return {}
+    split = next(source.validation for source in self.corpus.sources if source.validation)
+    with sharding.use(self.mesh):
+      batch = rows.first(split, self.config.diagnostics.num_rows, self.mesh)
+      return look.scalars(self.look(self.state.params, batch))
 
   def _write_sample(self) -> str:
     num_tokens = self.config.train.sample_tokens

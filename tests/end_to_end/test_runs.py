@@ -51,10 +51,18 @@ def assert_same_run(workdir, other):
   jax.tree.map(np.testing.assert_array_equal, *params)
 
 
+def test_diagnostics_are_logged_with_every_validation(uninterrupted):
+  workdir, _ = uninterrupted
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  steps = [row["step"] for row in rows if "eval/gap" in row]
+  for name in ("kl", "align", "full/entropy", "sparse/attn_sparsity/layer_1"):
+    assert [row["step"] for row in rows if f"diagnostics/{name}" in row] == steps
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, environment):
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  output = programs.train(workdir, environment)
+  output = programs.train(workdir, environment, diagnostics__enabled=True)
   return workdir, output
 
 

@@ -109,7 +109,7 @@ def test_a_wrong_type_is_refused_with_an_example(argument, message):
     ("num_blocks=4", r"Did you mean 'attention.num_blocks'"),
     ("train.batch_size=4", r"Did you mean 'data.batch_size'"),
     ("model.rope_scaling.factors=4", r"'model.rope_scaling.factor'"),
-    ("seeed=4", r"Did you mean 'seed'\? Top-level keys: attention, data, infllmv2, loss"),
+    ("seeed=4", r"Did you mean 'seed'\? Top-level keys: attention, data, diagnostics, infll"),
     ("zzzz=4", r"unknown config key 'zzzz'\. Top-level keys"),
     ("loss.zzzz=4", r"'loss.zzzz'\. Keys of 'loss': chunk_length, ignore_first"),
     ("seed.inner=4", r"unknown config key 'seed.inner'"),

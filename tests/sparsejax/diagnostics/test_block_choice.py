@@ -33,11 +33,15 @@ def test_overlap_with_the_query_before():
 
 def test_share_that_is_forced():
   lists = random_lists(1)
-  sizes = dict(block_size=SIZE, num_initial=1, num_local=2, query_offset=3)
-  of, actual = sets(lists), block_choice.forced_share(jnp.asarray(lists), **sizes)
+  sizes = dict(block_size=SIZE, num_initial=1, num_local=2)
+  # A document begins at position 14, in block 3.
+  first = np.where(np.arange(T) >= 14, 14, 0)[None].repeat(B, 0)
+  lists = np.where(lists >= first[..., None, None] // SIZE, lists, -1)
+  of = sets(lists)
+  actual = block_choice.forced_share(jnp.asarray(lists), jnp.asarray(first), **sizes)
   for b, t, k in np.ndindex(B, T, K):
-    own = (t + 3) // SIZE
-    forced = of[b, t, k] & {0, own, own - 1}
+    own = t // SIZE
+    forced = of[b, t, k] & {first[b, t] // SIZE, own, own - 1}
     expected = len(forced) / len(of[b, t, k]) if of[b, t, k] else 0.0
     np.testing.assert_allclose(actual[b, t, k], expected, rtol=1e-6)
 

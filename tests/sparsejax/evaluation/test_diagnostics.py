@@ -1,0 +1,44 @@
+"""Diagnostics of a trained model, as a task of eval.py."""
+
+import json
+
+import pytest
+
+from configs import base
+from sparsejax import errors
+from sparsejax.evaluation import table
+from tests import small
+
+
+def test_the_task_tells_every_layer(tmp_path):
+  config = small.make_config(data__sources=("recall",), attention__method="ssa")
+  config.data.update(recall_pairs=2, recall_queries=2)
+  small.save_checkpoints(tmp_path / "run", config)
+  request = table.Request(path=tmp_path / "run", tasks=("diagnostics",))
+  text, out = table.run(request, base.get_config())
+  cells = json.loads((out / "diagnostics.json").read_text())["cells"]
+  found = {cell["name"]: cell for cell in cells}
+  entropy = found["full/entropy"]
+  assert len(entropy["layers"]) == config.model.num_hidden_layers
+  assert entropy["value"] == pytest.approx(sum(entropy["layers"]) / len(entropy["layers"]))
+  assert found["gap"]["layers"] == []
+  assert "| full/entropy " in text
+  assert f"{entropy['layers'][1]:.4f}" in text
+
+
+def test_without_rows_to_look_at_it_is_refused(tmp_path, monkeypatch):
+  config = small.make_config(data__sources=("recall",))
+  config.data.update(recall_pairs=2, recall_queries=2)
+  small.save_checkpoints(tmp_path / "run", config)
+  load = table.subjects.load
+
+  def without_validation(*args, **kwargs):
+    subject = load(*args, **kwargs)
+    for source in subject.corpus.sources:
+      object.__setattr__(source, "validation", None)
+    return subject
+
+  monkeypatch.setattr(table.subjects, "load", without_validation)
+  request = table.Request(path=tmp_path / "run", tasks=("diagnostics",))
+  with pytest.raises(errors.DataError, match="none of the data has a validation split"):
+    table.run(request, base.get_config())
