@@ -222,7 +222,7 @@ def shapes(*, head_dim=64, dtype=jnp.bfloat16, documents=False, bias=False):
     ("9.0", dict(head_dim=256), "cudnn (the first choice)"),
     ("9.0", dict(dtype=jnp.float16), "cudnn (the first choice)"),
     ("8.0", dict(head_dim=128), "cudnn (the first choice)"),
-    ("9.0", dict(head_dim=248, bias=True), "cudnn (the first choice)"),
+    ("9.0", dict(head_dim=248, bias=True), "xla (cudnn runs by name or with strict)"),
     (
       "9.0",
       dict(head_dim=256, bias=True),
@@ -257,14 +257,17 @@ def test_one_document_a_row_needs_no_separation(monkeypatch):
   assert choose_full_attention(*arrays, **options | dict(max_documents=1)).backend == "cudnn"
 
 
-def test_a_window_runs_in_xla_unless_cudnn_is_asked_for(monkeypatch):
+@pytest.mark.parametrize(
+  ("name", "window", "bias"),
+  [("sliding_window_attention", 8, False), ("full_attention", None, True)],
+)
+def test_extras_run_in_xla_unless_cudnn_is_asked_for(name, window, bias, monkeypatch):
   monkeypatch.setattr(jax, "devices", lambda: [FakeDevice("9.0")])
-  arrays, options = shapes(documents=True)
+  arrays, options = shapes(documents=True, bias=bias)
   chosen = {
-    asked: str(choose_full_attention(*arrays, **options, window=8, implementation=asked))
+    asked: str(choose_full_attention(*arrays, **options, window=window, implementation=asked))
     for asked in ("auto", "strict", "cudnn")
   }
-  name = "sliding_window_attention"
   assert chosen == dict(
     auto=f"{name}: xla (cudnn runs by name or with strict)",
     strict=f"{name}: cudnn (strict)",

@@ -72,7 +72,7 @@ INTERPRETED = {  # B, T, H, K, D, block_size, M, and extras
   "several_tiles": ((1, 43, 16, 1, 64, 16, 5), {}),
   "tokens_share_a_unit": ((1, 22, 3, 1, 64, 64, 2), dict(offset=120, bias=True)),
   "a_token_has_two_units": ((1, 9, 32, 1, 64, 32, 2), dict(offset=60)),
-  "warps_as_one": ((1, 45, 16, 1, 64, 64, 2), dict(offset=150, bias=True)),
+  "warps_as_one": ((1, 34, 16, 1, 64, 64, 2), dict(offset=150, bias=True)),
   "scores_grow": ((1, 7, 16, 1, 64, 16, 7), dict(offset=120)),
 }
 

@@ -42,6 +42,11 @@ MAY_CHANGE = {
   "mesh.data",
   "mesh.fsdp",
   "mesh.tensor",
+  "diagnostics.enabled",
+  "diagnostics.num_rows",
+  "diagnostics.num_queries",
+  "diagnostics.num_sink_keys",
+  "diagnostics.tile",
 }
 
 

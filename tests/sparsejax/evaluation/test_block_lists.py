@@ -29,7 +29,7 @@ def make_workdir(path, method, **changes):
   return path / method, config
 
 
-@pytest.mark.parametrize("method", ["ssa", "nosa", "full", "nsa"])
+@pytest.mark.parametrize("method", ["ssa", "nsa"])
 def test_the_task_saves_the_lists_of_every_layer(tmp_path, method):
   workdir, config = make_workdir(tmp_path, method)
   request = table.Request(path=workdir, tasks=("block_lists",))
