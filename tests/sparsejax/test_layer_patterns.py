@@ -71,7 +71,6 @@ def one_by_one(transformer, params, batch, stream, use_full_L):
   ("names", "stream"),
   [
     (("sliding_window", "ssa"), "train"),
-    (("sliding_window", "full"), "full"),
     (("sliding_window", "full"), "sparse"),
     (("moba", "moba", "moba", "full"), "sparse"),
   ],
