@@ -4,7 +4,7 @@
     --config.train.init_from=runs/full_1b
 
 The baseline of arXiv:2510.13602, in blocks (see sparsejax/attention/dma.py). See nosa_1b.py
-for the stage, and for the dense model, which needs `sparse_method=dma`.
+for the stage and the dense model.
 """
 
 from configs import nosa_1b

@@ -1,16 +1,14 @@
 """NOSA, 1B, its long stage: rows of 16k, from a model that full attention trained.
 
-  python train.py --config=configs/full_1b.py --workdir=runs/full_1b \
-    --config.attention.sparse_method=nosa
+  python train.py --config=configs/full_1b.py --workdir=runs/full_1b
   python train.py --config=configs/nosa_1b.py --workdir=runs/nosa_1b \
     --config.train.init_from=runs/full_1b
 
 Of 64 blocks of 64 keys, 1 initial, 16 local, 16 by the query and 31 by the eviction head
-(arXiv:2510.13602). Naming `sparse_method` gives the dense model a head, which it leaves at 0.
-The schedule and the 5B tokens are those that InfLLM-V2 has for such a stage
-(arXiv:2509.24663), since NOSA's are not printed; the model, SSA's 1B, the warm-up and the
-tokens per step are this repository's choice. `data/long` is text prepared as for full_1b.py,
-in long documents.
+(arXiv:2510.13602), which is new and begins without a say. The schedule and the 5B tokens are
+those that InfLLM-V2 has for such a stage (arXiv:2509.24663), since NOSA's are not printed; the
+model, SSA's 1B, the warm-up and the tokens per step are this repository's choice. `data/long`
+is text prepared as for full_1b.py, in long documents.
 """
 
 from configs import base

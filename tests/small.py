@@ -52,6 +52,24 @@ def make_params(transformer, seed=0, scale=1.0):
   return make(jax.random.key(seed))
 
 
+def run(transformer, params, batch, stream, use_full=True):
+  """The model's output, every layer of SSA on the full stream or none."""
+  use_full_L = jnp.full((transformer.shape.num_hidden_layers,), use_full)
+
+  @jax.jit
+  def apply(params):
+    return transformer.apply(
+      {"params": params},
+      batch.inputs,
+      batch.positions,
+      batch.segments,
+      stream=stream,
+      use_full_L=use_full_L,
+    )
+
+  return apply(params)
+
+
 def make_batch(rows=2, length=64, vocab_size=320, seed=0, num_documents=3):
   """Random tokens in a few documents, with padding at the end of the last row."""
   rng = np.random.default_rng(seed)

@@ -19,8 +19,8 @@ from sparsejax.configuration import record
 type Path = tuple[str, ...]
 
 _LAYERS = "layers"
-# Sections of a config that say what the weights are weights of.
-_SAID = ("model", "attention", "ssa", "nsa")
+# Sections of a config that say how weights are trained; all others say weights of what.
+_TRAINING = ("seed", "loss", "data", "optimizer", "train")
 
 
 class Beginning(NamedTuple):
@@ -185,6 +185,6 @@ def _changes(path: pathlib.Path, config: ml_collections.ConfigDict) -> Iterator[
   """How what the weights are used for differs from what they were trained for."""
   saved = checkpoint.read_record(path).config
   for key, (old, now) in record.differences(saved, config).items():
-    is_said = key.partition(".")[0] in _SAID or key == "data.sequence_length"
+    is_said = key.partition(".")[0] not in _TRAINING or key == "data.sequence_length"
     if is_said and key in saved:
       yield f"{key} was {old!r}, is {now!r}"

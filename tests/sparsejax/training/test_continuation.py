@@ -146,18 +146,30 @@ def test_where_a_method_reads_everything_step_0_is_the_old_model(saved, changes,
   transformer, new = make_new(config)
   params, _ = continuation.load(path, new, config)
 
-  def run(transformer, params, stream):
-    apply = jax.jit(
-      lambda params: transformer.apply(
-        {"params": params}, batch.inputs, batch.positions, batch.segments, stream=stream
-      )
-    )
-    return apply(params).hidden_BTE
-
   old_model = build.make_model(before, max_documents=4)
   np.testing.assert_allclose(
-    run(transformer, jax.device_get(params), stream), run(old_model, old, "train"), atol=1e-5
+    small.run(transformer, jax.device_get(params), batch, stream).hidden_BTE,
+    small.run(old_model, old, batch, "train").hidden_BTE,
+    atol=1e-5,
   )
+
+
+def test_an_eviction_head_has_no_say_at_step_0(saved):
+  """Full attention's weights, and a head as it begins: the full stream is the old model."""
+  before = make_config(attention__method="full")
+  path, old = saved(before)
+  config, batch = make_config(attention__method="nosa"), small.make_batch()
+  transformer = build.make_model(config, max_documents=4)
+  params, notes = continuation.load(path, small.make_params(transformer), config)
+  assert sum("sparse/head/" in note and "is new" in note for note in notes) == 2
+  outputs = [
+    small.run(model, params, batch, stream).hidden_BTE
+    for model, params, stream in (
+      (transformer, params, "full"),
+      (build.make_model(before, max_documents=4), old, "train"),
+    )
+  ]
+  np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +243,7 @@ def test_changes_of_use_are_said(saved):
   config = make_config(attention__method="moba", data__sequence_length=128)
   config.model.rope_scaling.update(rope_type="llama3", original_max_position_embeddings=64)
   config.optimizer.peak_lr = 0.5
+  config.nosa.eviction_head = "dma"
   _, new = make_new(config)
   _, notes = continuation.load(path, new, config)
   assert notes == [
@@ -239,6 +252,7 @@ def test_changes_of_use_are_said(saved):
     "train.init_from: data.sequence_length was 64, is 128",
     "train.init_from: model.rope_scaling.original_max_position_embeddings was 8192, is 64",
     "train.init_from: model.rope_scaling.rope_type was 'default', is 'llama3'",
+    "train.init_from: nosa.eviction_head was 'ed_dma', is 'dma'",
   ]
 
 
