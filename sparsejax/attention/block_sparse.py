@@ -68,26 +68,9 @@ class BlockSparse(method.SparseMethod):
       self._select(q_BTHD, k_BTKD, tokens, self.key_scores(v_BTKD))
 
   def _sparse(self, q_BTHD, k_BTKD, v_BTKD, tokens, score_BTK):
-    options = self.options
-
-    def attend(q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT, bias_BTK):
-      out_BTHD, _ = pallas_kernels.block_sparse_attention(
-        q_BTHD,
-        k_BTKD,
-        v_BTKD,
-        blocks_BTKM,
-        block_size=options.block_size,
-        segments_BS=segments_BT,
-        key_bias_BSK=bias_BTK,
-        implementation=options.sparse_backend,
-      )
-      return out_BTHD
-
     blocks_BTKM = self._select(q_BTHD, k_BTKD, tokens, score_BTK)
-    axes = HEADS, KV_HEADS, KV_HEADS, KV_HEADS, SEGMENTS, KEY_SCORES
-    return sharding.per_device(attend, axes, HEADS)(
-      q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, options.sparse_segments(tokens), score_BTK
-    )
+    segments_BT = self.options.sparse_segments(tokens)
+    return read(q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT, self.options, score_BTK)
 
   def _select(self, q_BTHD, k_BTKD, tokens, score_BTK):
     options, length = self.options, q_BTHD.shape[1]
@@ -115,3 +98,33 @@ class BlockSparse(method.SparseMethod):
     # For whoever looks: apply(..., mutable=["intermediates"]).
     self.sow("intermediates", "blocks", blocks_BTKM)
     return blocks_BTKM
+
+
+def read(
+  q_BTHD,
+  k_BTKD,
+  v_BTKD,
+  blocks_BTKM,
+  segments_BT,
+  options: method.Options,
+  key_bias_BTK: jax.Array | None = None,
+):
+  """Attention [B, T, H, D] to the listed blocks, with a bias of each key if there is one."""
+
+  def attend(q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT, bias_BTK):
+    out_BTHD, _ = pallas_kernels.block_sparse_attention(
+      q_BTHD,
+      k_BTKD,
+      v_BTKD,
+      blocks_BTKM,
+      block_size=options.block_size,
+      segments_BS=segments_BT,
+      key_bias_BSK=bias_BTK,
+      implementation=options.sparse_backend,
+    )
+    return out_BTHD
+
+  axes = HEADS, KV_HEADS, KV_HEADS, KV_HEADS, SEGMENTS, KEY_SCORES
+  return sharding.per_device(attend, axes, HEADS)(
+    q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT, key_bias_BTK
+  )

@@ -39,21 +39,40 @@ def full_stream(
 
   A bias of each key is added to the scaled scores.
   """
+  segments_BT = options.full_segments(tokens)
+  return attend(q_BTHD, k_BTKD, v_BTKD, segments_BT, options, key_bias_BTK=key_bias_BTK)
 
-  def attend(q_BTHD, k_BTKD, v_BTKD, segments_BT, key_bias_BTK):
+
+def attend(
+  q_BTHD,
+  k_BTKD,
+  v_BTKD,
+  segments_BT,
+  options: method.Options,
+  *,
+  window: int | None = None,
+  key_bias_BTK: jax.Array | None = None,
+):
+  """Attention [B, T, H, D] to earlier keys of the same segment, if there are segments.
+
+  To the last `window` of them, the query's own included, if there is a window; with a bias of
+  each key, if there is one.
+  """
+
+  def run(q_BTHD, k_BTKD, v_BTKD, segments_BT, key_bias_BTK):
     return pallas_kernels.full_attention(
       q_BTHD,
       k_BTKD,
       v_BTKD,
       segments_BT=segments_BT,
       max_documents=options.max_documents,
+      window=window,
       key_bias_BTK=key_bias_BTK,
       implementation=options.full_backend,
     )
 
   heads = method.HEADS, method.KV_HEADS, method.KV_HEADS
   axes = *heads, method.SEGMENTS, method.KEY_SCORES
-  segments_BT = options.full_segments(tokens)
-  return sharding.per_device(attend, axes, method.HEADS)(
+  return sharding.per_device(run, axes, method.HEADS)(
     q_BTHD, k_BTKD, v_BTKD, segments_BT, key_bias_BTK
   )

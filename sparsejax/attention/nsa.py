@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from sparsejax import sharding
-from sparsejax.attention import compression, full, method, rotary, sliding_window
+from sparsejax.attention import block_sparse, compression, full, method, rotary
 from sparsejax.attention.method import HEADS, KV_HEADS, SEGMENTS
 from sparsejax.attention.product import Product
 
@@ -40,12 +40,14 @@ class Nsa(method.SparseMethod):
       selected_BTHD = full.full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, options)
     else:
       blocks_BTKM = self._select(q_BTHD, keys_BWKD, k_BTKD, segments_BT)
-      selected_BTHD = self._read(q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT)
+      selected_BTHD = block_sparse.read(
+        q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT, options
+      )
     window = self._project("win", k_BTKD, v_BTKD, tokens)
     branches = (
       self._attend_to_windows(q_BTHD, keys_BWKD, values_BWKD, segments_BT),
       selected_BTHD,
-      sliding_window.attend(q_BTHD, *window, segments_BT, nsa.window, options),
+      full.attend(q_BTHD, *window, segments_BT, options, window=nsa.window),
     )
     gates_BTCH = self._gates(tokens, q_BTHD)
     out_BTHD = sum(
@@ -139,23 +141,3 @@ class Nsa(method.SparseMethod):
     # For whoever looks: apply(..., mutable=["intermediates"]).
     self.sow("intermediates", "blocks", blocks_BTKM)
     return blocks_BTKM
-
-  def _read(self, q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT):
-    options = self.options
-
-    def attend(q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT):
-      out_BTHD, _ = pallas_kernels.block_sparse_attention(
-        q_BTHD,
-        k_BTKD,
-        v_BTKD,
-        blocks_BTKM,
-        block_size=options.block_size,
-        segments_BS=segments_BT,
-        implementation=options.sparse_backend,
-      )
-      return out_BTHD
-
-    axes = HEADS, KV_HEADS, KV_HEADS, KV_HEADS, SEGMENTS
-    return sharding.per_device(attend, axes, HEADS)(
-      q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT
-    )

@@ -235,18 +235,7 @@ def test_it_can_be_the_sparse_side_of_ssa():
   ]
   params = small.make_params(transformers[0], scale=4.0)
 
-  def run(transformer, stream, use_full):
-    return jax.jit(
-      lambda params: transformer.apply(
-        {"params": params},
-        batch.inputs,
-        batch.positions,
-        batch.segments,
-        stream=stream,
-        use_full_L=jnp.full((2,), use_full),
-      )
-    )(params)
-
-  trained, alone = run(transformers[0], "train", False), run(transformers[1], "sparse", True)
+  trained = small.run(transformers[0], params, batch, "train", use_full=False)
+  alone = small.run(transformers[1], params, batch, "sparse")
   np.testing.assert_allclose(trained.hidden_BTE, alone.hidden_BTE, atol=1e-5)
   assert (trained.align_L > 0).all()

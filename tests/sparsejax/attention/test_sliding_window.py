@@ -54,19 +54,8 @@ def test_it_can_be_the_sparse_side_of_ssa():
   both = small.make_model(attention__sparse_method="sliding_window")
   params = small.make_params(both, scale=4.0)
 
-  def run(transformer, stream, use_full):
-    return jax.jit(
-      lambda params: transformer.apply(
-        {"params": params},
-        batch.inputs,
-        batch.positions,
-        batch.segments,
-        stream=stream,
-        use_full_L=jnp.full((2,), use_full),
-      )
-    )(params)
-
   for coin, stream in zip(coins, ("full", "sparse"), strict=True):
-    trained = run(both, "train", coin)
-    np.testing.assert_array_equal(trained.hidden_BTE, run(alone, stream, True).hidden_BTE)
+    trained = small.run(both, params, batch, "train", coin)
+    own = small.run(alone, params, batch, stream)
+    np.testing.assert_array_equal(trained.hidden_BTE, own.hidden_BTE)
     assert (trained.align_L > 0).all()

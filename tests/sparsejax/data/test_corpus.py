@@ -9,15 +9,7 @@ import pytest
 
 from sparsejax import errors
 from sparsejax.data import corpus, tokenizers
-
-FORM = corpus.RowFormat(
-  sequence_length=8,
-  vocab_size=320,
-  seed=3,
-  ignore_first_tokens=True,
-  recall_pairs=2,
-  recall_queries=1,
-)
+from tests.sparsejax.data.form import FORM
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,10 @@ from configs import smoke
 from sparsejax import errors
 from sparsejax.configuration import build
 from sparsejax.data import corpus, rows, shards
+from tests.sparsejax.data.form import FORM
 
 LENGTHS = {"short": range(3, 6), "middle": range(6, 12), "long": range(12, 30)}
 BOUNDS = (3, 6, 12, 30)
-FORM = corpus.RowFormat(
-  sequence_length=8,
-  vocab_size=320,
-  seed=3,
-  ignore_first_tokens=True,
-  recall_pairs=2,
-  recall_queries=1,
-)
 
 
 @pytest.fixture(scope="module")
