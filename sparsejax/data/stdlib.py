@@ -34,6 +34,8 @@ def prepare_stdlib(out: str | pathlib.Path) -> shards.Manifest:
     and not path.name.startswith((".", "config-", "lib-dynload"))
   ]
   inputs = [name for name in inputs if os.path.isfile(name) or _has_source(name)]
+  # Distributions keep old names of a file as links to it.
+  inputs = list({os.path.realpath(name): name for name in reversed(inputs)}.values())[::-1]
   if not inputs:
     raise errors.DataError(
       f"{folder} holds no .py files; prepare a corpus of your own with python -m "

@@ -21,6 +21,7 @@ def fake_library(tmp_path, monkeypatch):
   write(folder / "dist-packages" / "installed.py", "installed = 1\n")
   write(folder / "package" / "__pycache__" / "cached.py", "cached = 1\n")
   write(folder / "config-3.12-linux" / "python-config.py", "config = 1\n")
+  (folder / "old_name.py").symlink_to("module_7.py")
   (folder / "broken.py").write_bytes(b"# \xff not UTF-8\n")
   monkeypatch.setattr(sysconfig, "get_paths", lambda: dict(stdlib=str(folder)))
   return folder
