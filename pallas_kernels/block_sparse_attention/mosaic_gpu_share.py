@@ -222,6 +222,11 @@ class Share:
         def copies(place):
           for i in threads.own_parts(warp, shape, stage_units):
             unit = warps.fetched(gmem["units"], handle, n * stage_units + i)
+            if self.config.whole_blocks:
+              # Here all of a stage is multiplied, and room left at a window's end, where units
+              # are 0, by weights of 0: what is there must be the tile's own, for 0 times a NaN
+              # is one. Units ascend.
+              unit = jnp.maximum(unit, warps.fetched(gmem["units"], handle, 0))
             yield from copies_of_unit(place, i, unit)
 
         self.ring.fill((window - self.window) * per_window + n, copies)

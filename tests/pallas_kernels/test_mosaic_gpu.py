@@ -108,6 +108,29 @@ def test_interpreted_it_matches_the_reference_without_races(name, small, monkeyp
   assert_matches_reference(problem, actual)
 
 
+def assert_gradients_come_from_who_reads(problem, interpret):
+  """A NaN in the first query's cotangent spoils the blocks that it reads, and no others."""
+  blocks = jnp.where(problem.blocks < 0, 0, problem.blocks).at[:, 0].set(0)
+  dout = problem.dout.at[:, 0].set(jnp.nan)
+  spoiled, clean = (
+    problems.run(
+      dataclasses.replace(problem, blocks=blocks, dout=dout),
+      dtype=jnp.bfloat16,
+      attend=functools.partial(attend, interpret=interpret),
+    )
+    for dout in (dout, problem.dout)
+  )
+  first, size = problem.query_offset, problem.block_size
+  for name in ("dk", "dv"):
+    assert jnp.isnan(spoiled[name][:, : min(first, size)]).all(), name
+    np.testing.assert_array_equal(spoiled[name][:, size:], clean[name][:, size:])
+
+
+def test_interpreted_room_that_is_left_in_a_window_brings_nothing_in(small):
+  problem = problems.make(1, 9, 16, 1, 64, 64, 2, offset=150)
+  assert_gradients_come_from_who_reads(problem, plgpu.InterpretGPUParams())
+
+
 PROMISED = [
   *((heads, 64, 16, {}) for heads in (1, 2, 3, 4, 8, 16, 32)),
   *((16, d, size, {}) for d in (64, 128) for size in (16, 32, 64, 128)),
@@ -267,6 +290,13 @@ def test_on_a_gpu_unlisted_blocks_are_never_read():
   nan = jnp.nan
   poisoned, _ = run(q, k.at[:, :496].set(nan), v.at[:, :496].set(nan), own_block)
   np.testing.assert_array_equal(clean[:, 496:], poisoned[:, 496:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("d", "size"), [(64, 16), (64, 64), (128, 16), (128, 64)])
+def test_on_a_gpu_room_that_is_left_brings_nothing_in(d, size):
+  problem = problems.make(1, 333, 16, 1, d, size, 4, offset=77)
+  assert_gradients_come_from_who_reads(problem, None)
 
 
 @pytest.mark.gpu
