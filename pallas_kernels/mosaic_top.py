@@ -32,10 +32,12 @@ class Scores:
   """Where a block's score lies in a row of windows.
 
   It is the largest of `count` numbers, from number `halo + (block per_block + first) -
-  first_window` on; those that lie outside of the windows that were computed are 0.
+  first_window` on, or with weights their sum; those that lie outside of the windows that
+  were computed are 0.
 
   Attributes:
     per_block, first, count: see above.
+    weights: of those numbers, positive; None takes the largest.
     halo: numbers of windows before the first one of the segment.
     most_blocks: that a segment can bring.
   """
@@ -43,6 +45,7 @@ class Scores:
   per_block: int
   first: int
   count: int
+  weights: tuple[int, ...] | None
   halo: int
   most_blocks: int
 
@@ -182,7 +185,7 @@ class _Row:
 
   def _key(self, i: int) -> ir.Value:
     step = LANES * i * self.scores.per_block
-    best = thread.i32(0)
+    score = thread.i32(0)
     for j in range(self.scores.count):
       # Compared as unsigned numbers, those below the first are beyond the last.
       is_there = arith.cmpi(
@@ -190,10 +193,14 @@ class _Row:
         thread.add(self.window, thread.i32(step + j)),
         self.num_windows,
       )
-      best = arith.maxui(best, _load_if(is_there, self.place, 4 * (step + j)))
+      number = _load_if(is_there, self.place, 4 * (step + j))
+      if self.scores.weights is None:
+        score = arith.maxui(score, number)
+      else:
+        score = _add_weighted(score, self.scores.weights[j], number)
     block = thread.add(self.block, thread.i32(LANES * i))
     is_in = arith.cmpi(arith.CmpIPredicate.ult, block, self.num_blocks)
-    return arith.select(is_in, thread.add(best, thread.i32(1)), thread.i32(0))
+    return arith.select(is_in, thread.add(score, thread.i32(1)), thread.i32(0))
 
 
 def _choose_among_all(keys, blocks, wanted, place):
@@ -358,6 +365,14 @@ def _load_if(predicate, address, offset: int):
   )
 
 
+def _add_weighted(total, weight: int, x):
+  """`total + weight * x`, of the bits of float32 numbers."""
+  f32 = ir.F32Type.get()
+  total, x = (arith.bitcast(f32, bits) for bits in (total, x))
+  product = arith.mulf(x, arith.constant(f32, float(weight)))
+  return arith.bitcast(thread.int32(), arith.addf(total, product))
+
+
 def _reduce(how: str, x):
   return thread.convergent(f"redux.sync.{how} $0, $1, 0xffffffff;", x)
 
@@ -376,7 +391,11 @@ def choose_interpreted(
     r = 4 * row + warp
     values = values_ref[r, :]
     # What was not computed may be anything.
-    best = jnp.where(is_there, jnp.take(values, number, mode="clip"), 0.0).max(axis=1)
+    numbers = jnp.where(is_there, jnp.take(values, number, mode="clip"), 0.0)
+    if scores.weights is None:
+      score = numbers.max(axis=1)
+    else:
+      score = sum(weight * numbers[:, j] for j, weight in enumerate(scores.weights))
     low = jnp.maximum(range_ref[0, r], first_block)
     high = jnp.minimum(range_ref[1, r], end_block)
     kept, bits = kept_ref[r, :], kept_ref[num_rows + r, :]
@@ -384,7 +403,7 @@ def choose_interpreted(
     keys = jnp.concatenate(
       [
         jnp.where(is_kept, bits + 1, 0),
-        jnp.where((block >= low) & (block < high), _bits(best) + 1, 0),
+        jnp.where((block >= low) & (block < high), _bits(score) + 1, 0),
       ]
     )
     blocks = jnp.concatenate([kept, block])

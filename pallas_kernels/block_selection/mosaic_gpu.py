@@ -68,8 +68,6 @@ def why_not(problem: Problem, rules: Rules) -> str | None:
     return f"takes head sizes {HEAD_DIMS}, not {q_BTHD.shape[-1]}"
   if heads > 32:
     return f"takes up to 32 query heads per key head, not {heads}"
-  if pooling.weights is not None:
-    return "takes the largest of a block's windows, not their sum"
   if rules.normalizer is not None:
     size, stride = rules.normalizer.size, rules.normalizer.stride
     return (
@@ -120,6 +118,7 @@ class _Call:
       per_block=size // pooling.stride,
       first=pooling.first,
       count=pooling.count,
+      weights=pooling.weights,
       halo=HALO,
       most_blocks=layout.segment * pooling.stride // size + extra,
     )

@@ -31,6 +31,7 @@ ATTENTION = {  # B, T, H, K, D, block_size, M, and extras
 SELECTION = {  # D, block_size, and rules
   "select_blocks": (64, 16, {}),
   "select_windows": (128, 64, dict(pooling=pooling.infllm_v2(64), num_initial=1, num_local=4)),
+  "select_weighted": (64, 64, dict(pooling=pooling.nsa_windows(64, 32, 16), num_local=2)),
 }
 
 

@@ -72,6 +72,10 @@ INTERPRETED = {  # the problem, and how the kernel is laid out
   ),
   "half_local": (later(1, 70, 2, 1, 128, 8, 4, rule="half_local"), {}),
   "keys_of_windows": (later(1, 70, 2, 1, 64, 8, 4, num_initial=1, given=True), {}),
+  "weighted_windows": (
+    later(1, 40, 2, 1, 64, 8, 3, pooling=poolings.nsa_windows(8, 6, 2), offset=300),
+    dict(segment=64, stages=1, pairs=1),
+  ),
 }
 
 
@@ -97,6 +101,7 @@ PROMISED = [  # heads per key head, D, block_size, M, rules
   (3, 128, 64, 16, {}),
   (32, 128, 128, 4, {}),
   (16, 128, 64, 64, dict(pooling=poolings.infllm_v2(64), num_initial=1, num_local=16)),
+  (16, 64, 64, 16, dict(pooling=poolings.nsa_windows(64, 32, 16), num_initial=1, num_local=2)),
 ]
 
 
@@ -129,7 +134,6 @@ def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, m, rules):
     ((1, 16, 33, 1, 64, 8, 2), {}, "up to 32 query heads per key head, not 33"),
     ((1, 16, 2, 1, 64, 8, 2), dict(pooling=poolings.Pooling(2, 1, 0, 9)), "up to 8 windows"),
     ((1, 16, 2, 1, 64, 8, 2), dict(pooling=poolings.Pooling(4, 4, 0, 1)), "reach the end"),
-    ((1, 16, 2, 1, 64, 8, 2), dict(pooling=poolings.nsa_windows(8, 8, 4)), "not their sum"),
     ((1, 16, 16, 1, 64, 8, 512), {}, "no room in shared memory for num_blocks=512"),
   ],
 )
@@ -157,6 +161,18 @@ ON_GPU = {
     pooling=poolings.infllm_v2(64),
     num_initial=1,
     num_local=17,
+  ),
+  "nsa": later(
+    2,
+    2048,
+    16,
+    1,
+    64,
+    64,
+    16,
+    pooling=poolings.nsa_windows(64, 32, 16),
+    num_initial=1,
+    num_local=2,
   ),
   "documents": later(2, 1001, 12, 2, 64, 16, 8, segments=0.01, offset=55),
   "two_rounds": later(1, 1000, 32, 1, 128, 32, 8),
