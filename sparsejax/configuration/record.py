@@ -1,5 +1,6 @@
 """What a run is, written down beside what it makes."""
 
+from collections.abc import Sequence
 import copy
 import datetime
 import hashlib
@@ -142,12 +143,21 @@ def commit() -> str:
   return found.stdout.strip()
 
 
-def write(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes `config.json` and appends to `environment.jsonl` (one line per start)."""
+def write(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, backends: Sequence[str]
+) -> None:
+  """Writes `config.json` and appends to `environment.jsonl` (one line per start).
+
+  Args:
+    config: of the run.
+    workdir: where to.
+    backends: what the operations of attention run on, in words.
+  """
   content = dict(hash=digest(config), config=as_json(config))
   (workdir / "config.json").write_text(json.dumps(content, indent=2) + "\n")
   with open(workdir / "environment.jsonl", "a") as file:
-    file.write(json.dumps(environment() | dict(config_hash=digest(config))) + "\n")
+    more = dict(backends=list(backends), config_hash=digest(config))
+    file.write(json.dumps(environment() | more) + "\n")
 
 
 def restore(

@@ -93,7 +93,7 @@ class _Run:
     self.beginning: list[str] = []
     self.state, self.next_row = self._start(allow_config_change)
     self.first_step = int(jax.device_get(self.state.step))
-    record.write(config, directory)
+    record.write(config, directory, [str(choice) for choice in self.backends])
     self.writers = self._make_writers()
     self.progress = progress.Progress(
       first_step=self.first_step,

@@ -177,9 +177,9 @@ def test_a_key_that_only_one_side_has_is_a_difference():
 
 def test_a_run_writes_its_config_once_and_its_environment_at_every_start(tmp_path):
   config = small.make_config()
-  record.write(config, tmp_path)
+  record.write(config, tmp_path, ["full_attention: xla (slow)"])
   config.train.log_every = 5
-  record.write(config, tmp_path)
+  record.write(config, tmp_path, ["full_attention: cudnn (fast)"])
   written = json.loads((tmp_path / "config.json").read_text())
   assert written == dict(hash=record.digest(config), config=record.as_json(config))
   starts = [json.loads(x) for x in (tmp_path / "environment.jsonl").read_text().splitlines()]
@@ -187,6 +187,8 @@ def test_a_run_writes_its_config_once_and_its_environment_at_every_start(tmp_pat
     record.digest(small.make_config()),
     record.digest(config),
   ]
+  backends = [start["backends"] for start in starts]
+  assert backends == [["full_attention: xla (slow)"], ["full_attention: cudnn (fast)"]]
   start = starts[0]
   assert start["versions"]["jax"] == jax.__version__
   assert set(start["versions"]) == set(record.PACKAGES)
