@@ -16,8 +16,6 @@ type FullImplementation = Literal["auto", "strict", "cudnn", "xla", "reference"]
 
 # What `auto` tries, in this order.
 AUTOMATIC = ("cudnn", "xla")
-# With a window or with biases. Not cuDNN: neither has run on a GPU yet.
-AUTOMATIC_WITH_EXTRAS = ("xla",)
 
 
 def full_attention(
@@ -46,9 +44,8 @@ def full_attention(
       attention); None is all of them. `xla` then takes O(T window) time and memory.
     key_bias_BTK: added to the scores of each key, after scaling (NOSA's importance,
       arXiv:2510.13602); None is 0. It carries a gradient.
-    implementation: None and `auto` take cuDNN where it can run and `xla` elsewhere, and where
-      there is a window or a bias, which cuDNN takes by name or with `strict`; `strict` is
-      cuDNN or an error; `reference` is the definition.
+    implementation: None and `auto` take cuDNN where it can run and `xla` elsewhere; `strict`
+      is cuDNN or an error; `reference` is the definition.
 
   Raises:
     ValueError: shapes or dtypes that do not fit together, segments without
@@ -101,9 +98,7 @@ def choose_full_attention(
     "reference": dispatch.runs_anywhere,
   }
   op = "full_attention" if window is None else "sliding_window_attention"
-  is_plain = window is None and key_bias_BTK is None
-  automatic = AUTOMATIC if is_plain else AUTOMATIC_WITH_EXTRAS
-  return dispatch.choose(op, implementation, candidates, automatic=automatic)
+  return dispatch.choose(op, implementation, candidates, automatic=AUTOMATIC)
 
 
 _IMPLEMENTATIONS = {

@@ -83,7 +83,7 @@ class _Questions:
     name = attention.sparse_name(own)
     window = dict(sliding_window=own.window, nsa=own.nsa.window).get(name)
     if name == "nsa":
-      questions.append(("full_implementation", lambda: compression.choose(own.full_backend)))
+      questions.append(("full_implementation", lambda: self.compressed_attention(own)))
     if name != "sliding_window":
       questions += [
         ("sparse_implementation", lambda: self.block_selection(own)),
@@ -92,6 +92,18 @@ class _Questions:
     if window is not None:
       questions.append(("full_implementation", lambda: self.sliding_window(own, window)))
     return questions
+
+  def compressed_attention(self, own: method.Options) -> pallas_kernels.Choice:
+    q_BTHD, k_BTKD, _ = self._qkv
+    return compression.choose(
+      q_BTHD,
+      k_BTKD,
+      size=own.nsa.compress_length,
+      stride=own.nsa.compress_stride,
+      has_documents=self._sparse_segments_BT is not None,
+      max_documents=own.max_documents,
+      implementation=own.full_backend,
+    )
 
   def sliding_window(self, own: method.Options, window: int) -> pallas_kernels.Choice:
     return pallas_kernels.choose_full_attention(

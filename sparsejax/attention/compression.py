@@ -5,18 +5,15 @@ After arXiv:2502.11089, section 3.3.1. Window w covers tokens `w stride` to `w s
 its document; keys of other documents in them count as absent.
 
 Letters: B batch, T tokens, W windows, X tokens of a window, H query heads, K key/value heads,
-D head size, F width within the MLP, C queries of a stripe.
+D head size, F width within the MLP; of attention, C queries that see the same windows, G query
+heads of a key head, L = K C G heads of what is left.
 """
 
 from flax import linen as nn
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 import pallas_kernels
-
-# Scores (float32, of every query head) that exist at the same time.
-STRIPE_ELEMENTS = 2**26
 
 
 class Mlp(nn.Module):
@@ -79,57 +76,88 @@ def _is_own(segments_BT, size: int, stride: int) -> jax.Array:
   return segments_BWX == segments_BWX[..., -1:]
 
 
-def attend(q_BTHD, keys_BWKD, values_BWKD, segments_BT, *, size: int, stride: int) -> jax.Array:
+def attend(
+  q_BTHD,
+  keys_BWKD,
+  values_BWKD,
+  segments_BT,
+  *,
+  size: int,
+  stride: int,
+  max_documents: int | None = None,
+  implementation: str = "auto",
+) -> jax.Array:
   """Attention [B, T, H, D] to the windows that a query sees; 0 where it sees none.
 
-  Scores are scaled by D ** -0.5. Stripes of queries are compared with every window and are
-  recomputed in the backward pass, so that no array of all scores exists.
-  """
-  (b, t, h, _), w = q_BTHD.shape, keys_BWKD.shape[1]
-  if w == 0:
-    return jnp.zeros_like(q_BTHD)
-  if segments_BT is None:
-    segments_BT = jnp.ones((b, t), jnp.int32)
-  last_W = jnp.arange(w) * stride + size - 1
-  segments_BW = windows(segments_BT, size, stride)[..., -1]
-
-  @jax.checkpoint
-  def stripe(part):
-    q_BCHD, segments_BC, position_C = part
-    is_complete_CW = last_W[None, :] <= position_C[:, None]
-    is_own_BCW = segments_BC[:, :, None] == segments_BW[:, None, :]
-    is_seen_BCW = is_complete_CW[None] & is_own_BCW
-    out_BCHD = jax.nn.dot_product_attention(
-      q_BCHD, keys_BWKD, values_BWKD, mask=is_seen_BCW[:, None]
-    )
-    return jnp.where(is_seen_BCW.any(-1)[..., None, None], out_BCHD, 0)
-
-  rows = min(t, max(1, STRIPE_ELEMENTS // (b * h * w)))
-  if rows == t:
-    out_BTHD = stripe((q_BTHD, segments_BT, jnp.arange(t)))
-  else:
-    padding = -t % rows
-
-    def cut(x_BT):
-      x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
-      return x_BT.reshape(b, -1, rows, *x_BT.shape[2:]).swapaxes(0, 1)
-
-    positions = jnp.arange(t + padding).reshape(-1, rows)
-    outs = jax.lax.map(stripe, (cut(q_BTHD), cut(segments_BT), positions))
-    out_BTHD = outs.swapaxes(0, 1).reshape(b, -1, *q_BTHD.shape[2:])[:, :t]
-  return checkpoint_name(out_BTHD, "attention_residual")
-
-
-def choose(kernels: str) -> pallas_kernels.Choice:
-  """What `attend` runs on.
+  Scores are scaled by D ** -0.5. A window is complete for `stride` queries at the same time.
+  Such queries see the same windows, but where a document begins among them, whose windows
+  all end later. They become query heads of a single position: what is left is causal
+  attention of as many positions as there are windows.
 
   Args:
-    kernels: `strict` where only a GPU kernel will do.
+    q_BTHD: queries.
+    keys_BWKD, values_BWKD: of windows.
+    segments_BT: document of each token; None is one.
+    size, stride: of windows.
+    max_documents, implementation: see `pallas_kernels.full_attention`.
+  """
+  (b, t, h, d), (w, k) = q_BTHD.shape, keys_BWKD.shape[1:3]
+  if w == 0:
+    return jnp.zeros_like(q_BTHD)
+  first, g = size - 1, h // k
+
+  def group(x_BT):
+    """What belongs to the tokens from the first complete window on, [B, W, C, ...]."""
+    x_BT = x_BT[:, first:]
+    missing = w * stride - x_BT.shape[1]
+    x_BT = jnp.pad(x_BT, [(0, 0), (0, missing)] + [(0, 0)] * (x_BT.ndim - 2))
+    return x_BT.reshape(b, w, stride, *x_BT.shape[2:])
+
+  q_BWCKGD = group(q_BTHD).reshape(b, w, stride, k, g, d)
+  q_BWKCGD = q_BWCKGD.transpose(0, 1, 3, 2, 4, 5)
+  segments_BW = None if segments_BT is None else windows(segments_BT, size, stride)[..., -1]
+  out_BWLD = pallas_kernels.full_attention(
+    q_BWKCGD.reshape(b, w, k * stride * g, d),
+    keys_BWKD,
+    values_BWKD,
+    segments_BT=segments_BW,
+    max_documents=max_documents,
+    implementation=implementation,
+  )
+  out_BWCKGD = out_BWLD.reshape(b, w, k, stride, g, d).transpose(0, 1, 3, 2, 4, 5)
+  if segments_BT is not None:
+    is_own_BWC = group(segments_BT) == segments_BW[:, :, None]
+    out_BWCKGD = jnp.where(is_own_BWC[..., None, None, None], out_BWCKGD, 0)
+  out_BTHD = out_BWCKGD.reshape(b, w * stride, h, d)[:, : t - first]
+  return jnp.pad(out_BTHD, [(0, 0), (first, 0), (0, 0), (0, 0)])
+
+
+def choose(
+  q_BTHD: jax.ShapeDtypeStruct,
+  k_BTKD: jax.ShapeDtypeStruct,
+  *,
+  size: int,
+  stride: int,
+  has_documents: bool,
+  max_documents: int,
+  implementation: str,
+) -> pallas_kernels.Choice:
+  """What `attend` runs on for queries and keys like these, and why.
 
   Raises:
-    CannotRunError: for `strict`; there is none.
+    CannotRunError: what was asked for cannot run.
   """
-  op, why = "compressed_attention", "it has no GPU kernel"
-  if kernels == "strict":
-    raise pallas_kernels.CannotRunError(op, kernels, why, "xla")
-  return pallas_kernels.Choice(op, "xla", why)
+  op, (b, t, h, d), k = "compressed_attention", q_BTHD.shape, k_BTKD.shape[2]
+  w = max(0, (t - size) // stride + 1)
+  segments_BW = jax.ShapeDtypeStruct((b, w), jnp.int32) if has_documents else None
+  try:
+    choice = pallas_kernels.choose_full_attention(
+      jax.ShapeDtypeStruct((b, w, stride * h, d), q_BTHD.dtype),
+      *[jax.ShapeDtypeStruct((b, w, k, d), k_BTKD.dtype)] * 2,
+      segments_BT=segments_BW,
+      max_documents=max_documents,
+      implementation=implementation,
+    )
+  except pallas_kernels.CannotRunError as error:
+    raise pallas_kernels.CannotRunError(op, error.asked, error.reasons, "xla") from None
+  return choice._replace(op=op)

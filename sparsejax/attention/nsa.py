@@ -90,8 +90,7 @@ class Nsa(method.SparseMethod):
     return mlp(x_BTKD, segments_BT)
 
   def _attend_to_windows(self, q_BTHD, keys_BWKD, values_BWKD, segments_BT):
-    nsa = self.options.nsa
-    compression.choose(self.options.full_backend)
+    options = self.options
 
     def attend(q_BTHD, keys_BWKD, values_BWKD, segments_BT):
       return compression.attend(
@@ -99,8 +98,10 @@ class Nsa(method.SparseMethod):
         keys_BWKD,
         values_BWKD,
         segments_BT,
-        size=nsa.compress_length,
-        stride=nsa.compress_stride,
+        size=options.nsa.compress_length,
+        stride=options.nsa.compress_stride,
+        max_documents=options.max_documents,
+        implementation=options.full_backend,
       )
 
     axes = HEADS, KV_HEADS, KV_HEADS, SEGMENTS

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 import pallas_kernels
+from pallas_kernels.full_attention import cudnn
 from sparsejax import attention, errors
 from sparsejax.attention import backends
 from tests import small
@@ -109,29 +110,25 @@ def test_the_key_that_asked_is_the_one_that_is_named():
   assert sparse.startswith("attention.sparse_implementation='triton' cannot run: triton needs")
 
 
-def test_nsa_has_operations_without_kernels(monkeypatch):
-  """A Hopper selects on its kernel where windows are the blocks; `strict` is refused."""
+@pytest.mark.parametrize("length", [16, 8])
+def test_a_hopper_runs_all_of_nsa_on_kernels(length, monkeypatch):
+  """Whether windows are the blocks or overlap them."""
   monkeypatch.setattr("pallas_kernels.devices.why_not_hopper", lambda: None)
-  said = {}
-  for length in (16, 8):
-    options = small.make_model(
-      attention__method="nsa",
-      attention__block_size=16,
-      nsa__compress_length=length,
-      nsa__compress_stride=length,
-    ).options
-    _, compressed, selection, *_ = map(str, backends.choose(options, **SHAPE))
-    assert compressed == "compressed_attention: xla (it has no GPU kernel)"
-    said[length] = selection
-  assert said == {
-    16: "block_selection: mosaic_gpu (the first choice)",
-    8: "block_selection: xla (mosaic_gpu takes the largest of a block's windows, not their "
-    "sum)",
-  }
-  with pytest.raises(
-    errors.ConfigError, match=r"no GPU kernel can run compressed_attention \(it has no GPU"
-  ):
-    choose(method="nsa", kernels="strict")
+  monkeypatch.setattr(cudnn, "why_not", lambda *_, **__: None)
+  options = small.make_model(
+    attention__method="nsa",
+    attention__block_size=16,
+    attention__kernels="strict",
+    nsa__compress_length=length,
+    nsa__compress_stride=length,
+  ).options
+  assert [(choice.op, choice.backend) for choice in backends.choose(options, **SHAPE)] == [
+    ("full_attention", "cudnn"),
+    ("compressed_attention", "cudnn"),
+    ("block_selection", "mosaic_gpu"),
+    ("block_sparse_attention", "mosaic_gpu"),
+    ("sliding_window_attention", "cudnn"),
+  ]
 
 
 @pytest.mark.parametrize(
