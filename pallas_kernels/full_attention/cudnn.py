@@ -37,12 +37,21 @@ def why_not(dtype, head_dim: int, *, has_documents: bool, has_bias: bool = False
 
 
 def full_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window, key_bias_BTK):
-  d = q_BTHD.shape[-1]
-  scale = d**-0.5
-  if key_bias_BTK is None:
-    return _attend(q_BTHD, k_BTKD, v_BTKD, segments_BT, max_documents, window, scale)
-  folded = fold(q_BTHD, k_BTKD, v_BTKD, key_bias_BTK, scale)
-  return _attend(*folded, segments_BT, max_documents, window, scale)[..., :d]
+  t, d = q_BTHD.shape[1], q_BTHD.shape[-1]
+  scale, qkv = d**-0.5, (q_BTHD, k_BTKD, v_BTKD)
+  if key_bias_BTK is not None:
+    qkv = fold(*qkv, key_bias_BTK, scale)
+  # JAX refuses to differentiate rows of an odd length. No query sees what comes after it.
+  qkv = [_make_even(x) for x in qkv]
+  if segments_BT is not None:
+    segments_BT = _make_even(segments_BT, mode="edge")
+  return _attend(*qkv, segments_BT, max_documents, window, scale)[:, :t, :, :d]
+
+
+def _make_even(x_BT, mode: str = "constant"):
+  """One position more where their number is odd."""
+  padding = [(0, 0), (0, x_BT.shape[1] % 2)] + [(0, 0)] * (x_BT.ndim - 2)
+  return jnp.pad(x_BT, padding, mode=mode)
 
 
 def fold(q_BTHD, k_BTKD, v_BTKD, key_bias_BTK, scale: float):

@@ -371,6 +371,44 @@ def test_cudnn_keeps_documents_apart(head_dim, max_documents, window, has_bias):
     assert jnp.linalg.norm(actual.astype(jnp.float32) - exact) < 1e-2 * size
 
 
+@pytest.mark.parametrize("documents", [True, False], ids=["documents", "one"])
+def test_rows_of_odd_length_are_made_even_for_cudnn(documents, monkeypatch):
+  """What JAX hands to cuDNN has an even number of positions; here XLA runs in its place."""
+
+  def attend(q, k, v, segments, max_documents, window, scale):
+    assert q.shape[1] == k.shape[1] == v.shape[1] == 38
+    assert scale == q.shape[-1] ** -0.5
+    return xla.full_attention(q, k, v, segments, max_documents, window, None)
+
+  monkeypatch.setattr(cudnn, "_attend", attend)
+  q, k, v = make_problem(t=37)
+  segments = make_segments(length=37) if documents else None
+  out = cudnn.full_attention(q, k, v, segments, 8, 9, None)
+  np.testing.assert_allclose(out, expected(q, k, v, segments, 9), atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("documents", [True, False], ids=["documents", "one"])
+def test_cudnn_takes_rows_of_odd_length(documents, has_bias):
+  q, k, v = make_problem(t=333, h=4, d=64, dtype=jnp.bfloat16)
+  segments = make_segments(length=333) if documents else None
+  bias = make_bias(t=333) if has_bias else None
+
+  def run(q, k, v):
+    options = dict(segments_BT=segments, max_documents=4, key_bias_BTK=bias)
+    return full_attention(q, k, v, **options, implementation="cudnn")
+
+  out, vjp = jax.vjp(jax.jit(run), q, k, v)
+  exact = [x.astype(jnp.float32) for x in (q, k, v)]
+  wanted, exact_vjp = jax.vjp(lambda q, k, v: expected(q, k, v, segments, bias=bias), *exact)
+  dout = jax.random.normal(jax.random.key(9), out.shape, out.dtype)
+  pairs = zip((out, *vjp(dout)), (wanted, *exact_vjp(dout.astype(jnp.float32))), strict=True)
+  for actual, exact in pairs:
+    error = jnp.linalg.norm(actual.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    assert error < 1e-2
+
+
 @pytest.mark.gpu
 def test_cudnn_refuses_more_documents_than_it_was_told_of():
   q, k, v = make_problem(b=1, t=128, h=4, k=2, d=64, dtype=jnp.bfloat16)

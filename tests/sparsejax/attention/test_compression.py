@@ -128,7 +128,9 @@ def test_on_a_gpu_cudnn_attends_to_windows(documents):
   q, k, v, dout = (
     jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
   )
-  segments = 1 + (jnp.arange(length) >= jnp.array([[333], [512]])) if documents else None
+  segments = None
+  if documents:
+    segments = 1 + (jnp.arange(length)[None] >= jnp.array([[333], [512]]))
 
   def run(implementation, dtype):
     def attend(q, k, v):
