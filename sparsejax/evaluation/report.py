@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 
 from sparsejax import errors
-from sparsejax.evaluation import perplexity, table
+from sparsejax.evaluation import diagnostics, perplexity, pictures, table
+
+# Diagnostics in the order of rows and panels, whatever the stream; others come after these.
+_ORDER = (
+  *("loss_full", "loss_sparse", "gap", "kl"),
+  *("attn_sparsity", "entropy", "sink"),
+  *("overlap_mean", "overlap_min", "forced_share", "union", "align"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Run:
     training: logged values of training steps, in order, each with `step` and `time`.
     validation: the same for validations.
     cells: of the perplexity table of the last evaluated step.
+    diagnostics: numbers of the last step that was looked at.
     sample: text written after the last step.
   """
 
@@ -43,6 +51,7 @@ class Run:
   training: list[dict[str, float]]
   validation: list[dict[str, float]]
   cells: list[perplexity.Cell]
+  diagnostics: list[diagnostics.Cell]
   sample: str
 
   @property
@@ -76,6 +85,7 @@ class Run:
       memory_gib=last["perf/memory_gib"],
       validation=self.validation[-1] if self.validation else None,
       perplexity=[dataclasses.asdict(cell) for cell in self.cells],
+      diagnostics=[dataclasses.asdict(cell) for cell in self.diagnostics],
       config_hash=self.config_hash,
       config=self.config,
       environment=self.environment,
@@ -112,7 +122,8 @@ def read(source: str | pathlib.Path) -> Run:
     environment=json.loads(environment),
     training=training,
     validation=[r for r in records if "eval/full/loss" in r],
-    cells=_newest_cells(workdir / "eval"),
+    cells=_perplexity(_newest_cells(workdir / "eval", "perplexity")),
+    diagnostics=_diagnostics(_newest_cells(workdir / "eval", "diagnostics")),
     sample=_newest_sample(workdir / "samples"),
   )
 
@@ -132,26 +143,34 @@ def _read_summary(path: pathlib.Path, name: str) -> Run:
     environment=summary["environment"],
     training=summary["training_curve"],
     validation=summary["validation_curve"],
-    cells=[perplexity.Cell(**cell) for cell in summary["perplexity"]],
+    cells=_perplexity(summary["perplexity"]),
+    # Reports from before there were diagnostics say nothing of them.
+    diagnostics=_diagnostics(summary.get("diagnostics", [])),
     sample=summary["sample"],
   )
 
 
 def write(runs: Sequence[Run], out: str | pathlib.Path) -> str:
-  """Writes `summary.json`, `table.md`, `curves.png` and `budgets.png`; returns the table."""
+  """Writes `summary.json`, `table.md` and pictures; returns the table.
+
+  The pictures are `curves.png`, `budgets.png` where a run has a perplexity table, and
+  `diagnostics.png` where a run has diagnostics.
+  """
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   (out / "summary.json").write_text(json.dumps([r.summary() for r in runs], indent=1) + "\n")
   text = markdown(runs)
   (out / "table.md").write_text(text)
-  _draw_curves(runs, out / "curves.png")
+  pictures.draw_curves(runs, out / "curves.png")
   if any(run.cells for run in runs):
-    _draw_budgets(runs, out / "budgets.png")
+    pictures.draw_budgets(runs, out / "budgets.png")
+  if any(run.diagnostics for run in runs):
+    pictures.draw_diagnostics(runs, _names(runs), out / "diagnostics.png")
   return text
 
 
 def markdown(runs: Sequence[Run]) -> str:
-  """Speed of every run, then perplexity of every run."""
+  """Speed of every run, then perplexity of every run, then diagnostics side by side."""
   header = ("run", "method", "steps", "tokens", "minutes", "tokens/s", "device", "commit")
   rows = []
   for run in runs:
@@ -170,84 +189,46 @@ def markdown(runs: Sequence[Run]) -> str:
     )
   parts = [table.align([header, *rows])]
   parts += [f"{run.name}\n\n{table.markdown(run.cells)}" for run in runs if run.cells]
+  if any(run.diagnostics for run in runs):
+    parts.append(f"diagnostics, means over layers\n\n{table.align(_side_by_side(runs))}")
   return "\n".join(parts)
 
 
-def _newest_cells(folder: pathlib.Path) -> list[perplexity.Cell]:
-  found = sorted(folder.glob("*/perplexity.json"), key=lambda path: int(path.parent.name))
-  if not found:
-    return []
-  return [perplexity.Cell(**cell) for cell in json.loads(found[-1].read_text())["cells"]]
+def _side_by_side(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+  """A row for each number of diagnostics, a column for each run; the header first."""
+  values = [{cell.name: f"{cell.value:.4f}" for cell in run.diagnostics} for run in runs]
+  return [
+    ("number", *(run.name for run in runs)),
+    *((name, *(of_run.get(name, "-") for of_run in values)) for name in _names(runs)),
+  ]
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+  """Numbers that some run has, each `full/` followed by its `sparse/`."""
+
+  def place(name: str):
+    number = name.rpartition("/")[2]
+    return _ORDER.index(number) if number in _ORDER else len(_ORDER), number, name
+
+  return sorted({cell.name for run in runs for cell in run.diagnostics}, key=place)
+
+
+def _newest_cells(folder: pathlib.Path, task: str) -> list[dict[str, Any]]:
+  found = sorted(folder.glob(f"*/{task}.json"), key=lambda path: int(path.parent.name))
+  return json.loads(found[-1].read_text())["cells"] if found else []
+
+
+def _perplexity(cells: Sequence[dict[str, Any]]) -> list[perplexity.Cell]:
+  return [perplexity.Cell(**cell) for cell in cells]
+
+
+def _diagnostics(cells: Sequence[dict[str, Any]]) -> list[diagnostics.Cell]:
+  return [diagnostics.Cell(**cell | {"layers": tuple(cell["layers"])}) for cell in cells]
 
 
 def _newest_sample(folder: pathlib.Path) -> str:
   found = sorted(folder.glob("*.txt"), key=lambda path: int(path.stem))
   return found[-1].read_text() if found else ""
-
-
-def _draw_curves(runs: Sequence[Run], path: pathlib.Path) -> None:
-  """Validation loss and the gap between the modes, by tokens and by time."""
-  plt = _pyplot()
-  figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex="col", layout="constrained")
-  for number, run in enumerate(runs):
-    if not run.validation:
-      continue
-    color = f"C{number}"
-    tokens = [r["step"] * run.tokens_per_step / 1e6 for r in run.validation]
-    for column, x in enumerate((tokens, run.minutes(run.validation))):
-      for stream, style in (("full", "-"), ("sparse", "--")):
-        y = [r[f"eval/{stream}/loss"] for r in run.validation]
-        label = f"{run.name}, {stream} inference"
-        axes[0, column].plot(x, y, style, color=color, marker=".", label=label)
-      gap = [r["eval/gap"] for r in run.validation]
-      axes[1, column].plot(x, gap, color=color, marker=".", label=run.name)
-  axes[0, 0].set_ylabel("validation loss (nats/token)")
-  axes[1, 0].set_ylabel("sparse - full (nats/token)")
-  axes[1, 0].set_xlabel("training tokens (millions)")
-  axes[1, 1].set_xlabel("training time (minutes)")
-  axes[1, 0].axhline(0.0, color="black", linewidth=0.5)
-  axes[1, 1].axhline(0.0, color="black", linewidth=0.5)
-  axes[0, 0].legend(fontsize="small")
-  axes[1, 0].legend(fontsize="small")
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
-
-
-def _draw_budgets(runs: Sequence[Run], path: pathlib.Path) -> None:
-  """Perplexity against the keys that a query reads; full inference as a line across."""
-  plt = _pyplot()
-  figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-  for number, run in enumerate(runs):
-    color = f"C{number}"
-    sparse = sorted((c.budget, c.perplexity) for c in run.cells if c.mode == "sparse")
-    if sparse:
-      axis.plot(
-        *zip(*sparse, strict=True), marker="o", color=color, label=f"{run.name}, sparse"
-      )
-    for cell in run.cells:
-      if cell.mode == "full":
-        label = f"{run.name}, full"
-        axis.axhline(cell.perplexity, color=color, linestyle=":", label=label)
-  axis.set_xscale("log", base=2)
-  axis.set_xlabel("budget (keys a query reads)")
-  axis.set_ylabel("validation perplexity")
-  axis.legend(fontsize="small")
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
-
-
-def _pyplot():
-  try:
-    import matplotlib
-  except ImportError:
-    raise errors.UserError(
-      "pictures need the package matplotlib; install sparsejax[eval]."
-    ) from None
-  # Draws into files wherever it runs.
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  return pyplot
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,18 +4,21 @@ import builtins
 import dataclasses
 import json
 
-from matplotlib import figure as figure_module
-import numpy as np
 import pytest
 
 from sparsejax import errors
 from sparsejax.configuration import record
-from sparsejax.evaluation import perplexity, report
+from sparsejax.evaluation import diagnostics, perplexity, report
 from tests import small
 
 CELLS = [
   perplexity.Cell("web", "full", None, 2.0, 0.01, 7.389, 0.07, 0.9, 0.4, 1000),
   perplexity.Cell("web", "sparse", 16, 2.5, 0.01, 12.182, 0.1, 1.2, 0.3, 1000),
+]
+SEEN = [
+  diagnostics.Cell("gap", 0.25, ()),
+  diagnostics.Cell("loss_full", 3.0, ()),
+  diagnostics.Cell("full/entropy", 1.5, (1.0, None, 2.0)),
 ]
 
 
@@ -66,6 +69,19 @@ def make_workdir(folder, name="a", method="ssa", cells=CELLS, validation=True):
   (workdir / "samples" / "9.txt").write_text("old")
   (workdir / "samples" / "30.txt").write_text("new")
   return workdir
+
+
+def look_at(workdir, cells, step=30):
+  """Leaves diagnostics in a workdir, as eval.py does."""
+  folder = workdir / "eval" / str(step)
+  folder.mkdir(parents=True, exist_ok=True)
+  content = dict(cells=[dataclasses.asdict(cell) for cell in cells])
+  (folder / "diagnostics.json").write_text(json.dumps(content))
+  return workdir
+
+
+def table_of(text):
+  return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
 
 
 def test_a_run_is_read_as_it_was_left(tmp_path):
@@ -120,11 +136,9 @@ def test_a_report_has_a_table_a_summary_and_pictures(tmp_path):
   summaries = json.loads((out / "summary.json").read_text())
   assert [(run["name"], run["method"]) for run in summaries] == [("a", "ssa"), ("b", "moba")]
   assert (out / "table.md").read_text() == text
-  lines = text.splitlines()
-  header = [cell.strip() for cell in lines[0].split("|")[1:-1]]
+  header, _, row = table_of(text)[:3]
   assert header[:5] == ["run", "method", "steps", "tokens", "minutes"]
   assert header[5:] == ["tokens/s", "device", "commit"]
-  row = [cell.strip() for cell in lines[2].split("|")[1:-1]]
   assert row == ["a", "ssa", "30", "0.0M", "1.67", "200", "8 x cpu", "abc123"]
   assert text.count("| web  | sparse    | 16     |") == 2
 
@@ -141,40 +155,44 @@ def test_runs_without_validation_or_evaluation_are_reported_too(tmp_path):
   assert not (tmp_path / "more" / "budgets.png").exists()
 
 
-def test_pictures_show_the_numbers(tmp_path, monkeypatch):
-  """A run without validation or evaluation has no line, and no place in the legend."""
-  drawn = {}
+def test_diagnostics_are_those_of_the_newest_step_that_has_them(tmp_path):
+  """Step 100 has none; step 30 is newer than step 9."""
+  workdir = make_workdir(tmp_path)
+  assert report.read(workdir).diagnostics == report.read(workdir).summary()["diagnostics"] == []
+  look_at(look_at(workdir, SEEN[:1], step=9), SEEN)
+  (workdir / "eval" / "100").mkdir()
+  run = report.read(workdir)
+  assert run.diagnostics == SEEN
+  assert run.summary()["diagnostics"] == [dataclasses.asdict(cell) for cell in SEEN]
 
-  def remember(figure, path, dpi):
-    del dpi
-    drawn[path.stem] = [
-      [
-        (
-          line.get_label(),
-          np.asarray(line.get_xdata()).tolist(),
-          np.asarray(line.get_ydata()).tolist(),
-        )
-        for line in axis.get_lines()
-        if not line.get_label().startswith("_")
-      ]
-      for axis in figure.axes
-    ]
 
-  monkeypatch.setattr(figure_module.Figure, "savefig", remember)
-  bare = make_workdir(tmp_path, "bare", cells=[], validation=False)
-  runs = [report.read(path) for path in (bare, make_workdir(tmp_path))]
-  report.write(runs, tmp_path / "out")
-  tokens, minutes = [0.00512, 0.01536], pytest.approx([20 / 60, 100 / 60])
-  losses = {"a, full inference": [4.0, 3.0], "a, sparse inference": [4.5, 3.25]}
-  assert drawn["curves"] == [
-    [(label, tokens, values) for label, values in losses.items()],
-    [(label, minutes, values) for label, values in losses.items()],
-    [("a", tokens, [0.5, 0.25])],
-    [("a", minutes, [0.5, 0.25])],
+def test_diagnostics_have_a_picture_and_a_table(tmp_path):
+  """Rows in an order of their own; numbers that it does not know come last."""
+  names = ["kl", "gap", "sparse/union", "later", "sparse/entropy", "full/union"]
+  more = [diagnostics.Cell(name, 0.125, ()) for name in names]
+  runs = [
+    report.read(look_at(make_workdir(tmp_path, "a"), SEEN)),
+    report.read(make_workdir(tmp_path, "b")),
+    report.read(look_at(make_workdir(tmp_path, "c"), more)),
   ]
-  assert drawn["budgets"] == [
-    [("a, sparse", [16], [12.182]), ("a, full", [0, 1], [7.389, 7.389])]
+  text = report.write(runs, tmp_path / "out")
+  assert (tmp_path / "out" / "diagnostics.png").read_bytes().startswith(b"\x89PNG\r\n")
+  _, table = text.split("\ndiagnostics, means over layers\n\n")
+  header, _, *rows = table_of(table)
+  assert header == ["number", "a", "b", "c"]
+  assert rows == [
+    ["loss_full", "3.0000", "-", "-"],
+    ["gap", "0.2500", "-", "0.1250"],
+    ["kl", "-", "-", "0.1250"],
+    ["full/entropy", "1.5000", "-", "-"],
+    ["sparse/entropy", "-", "-", "0.1250"],
+    ["full/union", "-", "-", "0.1250"],
+    ["sparse/union", "-", "-", "0.1250"],
+    ["later", "-", "-", "0.1250"],
   ]
+  text = report.write(runs[1:2], tmp_path / "none")
+  assert "diagnostics" not in text
+  assert not (tmp_path / "none" / "diagnostics.png").exists()
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
@@ -187,7 +205,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
 
 
 def test_a_run_of_an_earlier_report_is_read_from_its_summary(tmp_path):
-  run = report.read(make_workdir(tmp_path))
+  run = report.read(look_at(make_workdir(tmp_path), SEEN))
   report.write([run], tmp_path / "first")
   again = report.read(f"{tmp_path}/first/summary.json:a")
   assert again == run
@@ -195,6 +213,14 @@ def test_a_run_of_an_earlier_report_is_read_from_its_summary(tmp_path):
     report.read(f"{tmp_path}/first/summary.json:b")
   with pytest.raises(errors.DataError, match=r"none.json is not the summary of a report"):
     report.read(f"{tmp_path}/none.json:a")
+
+
+def test_a_report_from_before_there_were_diagnostics_is_read(tmp_path):
+  run = report.read(make_workdir(tmp_path))
+  summary = run.summary()
+  del summary["diagnostics"]
+  (tmp_path / "summary.json").write_text(json.dumps([summary]))
+  assert report.read(f"{tmp_path}/summary.json:a") == run
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -1,0 +1,164 @@
+"""Pictures of runs side by side, each run in one colour in all of them."""
+
+from collections.abc import Sequence
+import pathlib
+from typing import Protocol
+
+import numpy as np
+
+from sparsejax import errors
+from sparsejax.evaluation import diagnostics, perplexity
+
+
+class Run(Protocol):
+  """What pictures know of a run; see `report.Run`."""
+
+  name: str
+  validation: list[dict[str, float]]
+  cells: list[perplexity.Cell]
+  diagnostics: list[diagnostics.Cell]
+  tokens_per_step: int
+
+  def minutes(self, records: Sequence[dict[str, float]]) -> np.ndarray: ...
+
+
+def draw_curves(runs: Sequence[Run], path: pathlib.Path) -> None:
+  """Validation loss and the gap between the modes, by tokens and by time.
+
+  Losses of the first quarter of a run's validations may lie above the panel.
+  """
+  plt = _pyplot()
+  figure, axes = plt.subplots(
+    *(2, 2), figsize=(12, 7.5), sharex="col", sharey="row", layout="constrained"
+  )
+  shown = [(run, color) for run, color in _colored(runs) if run.validation]
+  for run, color in shown:
+    tokens = [r["step"] * run.tokens_per_step / 1e6 for r in run.validation]
+    line = dict(color=color, marker=".", markersize=4, linewidth=1.2, label=run.name)
+    for column, x in enumerate((tokens, run.minutes(run.validation))):
+      for stream, style in (("full", "-"), ("sparse", "--")):
+        y = [r[f"eval/{stream}/loss"] for r in run.validation]
+        axes[0, column].plot(x, y, style, **line)
+      axes[1, column].plot(x, [r["eval/gap"] for r in run.validation], **line)
+  # With the fall of the first steps in view, runs would lie on each other ever after.
+  axes[0, 0].margins(y=0.02)
+  axes[0, 0].set_ylim(top=_top([run.validation for run, _ in shown]))
+  axes[0, 0].set_ylabel("validation loss (nats/token)")
+  axes[1, 0].set_ylabel("sparse - full (nats/token)")
+  axes[1, 0].set_xlabel("training tokens (millions)")
+  axes[1, 1].set_xlabel("training time (minutes)")
+  axes[1, 0].axhline(0.0, color="black", linewidth=0.5)
+  axes[1, 1].axhline(0.0, color="black", linewidth=0.5)
+  _finish(figure, path, shown, {"full inference": "-", "sparse inference": "--"})
+
+
+def draw_budgets(runs: Sequence[Run], path: pathlib.Path) -> None:
+  """Perplexity against the keys that a query reads; full inference as a line across."""
+  plt = _pyplot()
+  figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+  shown = [(run, color) for run, color in _colored(runs) if run.cells]
+  for run, color in shown:
+    sparse = sorted((c.budget, c.perplexity) for c in run.cells if c.mode == "sparse")
+    if sparse:
+      axis.plot(*zip(*sparse, strict=True), color=color, marker=".", label=run.name)
+    for cell in run.cells:
+      if cell.mode == "full":
+        axis.axhline(cell.perplexity, color=color, linestyle=":", label=run.name)
+  axis.set_xscale("log", base=2)
+  axis.set_xlabel("budget (keys a query reads)")
+  axis.set_ylabel("validation perplexity")
+  _finish(figure, path, shown, {"sparse inference": "-", "full inference": ":"})
+
+
+def draw_diagnostics(runs: Sequence[Run], names: Sequence[str], path: pathlib.Path) -> None:
+  """A panel for each number: a line over the layers, or a bar for what is of the model.
+
+  Args:
+    runs: to draw; those without diagnostics have no place.
+    names: of numbers that some run has, in the order of their panels.
+    path: to write.
+  """
+  plt = _pyplot()
+  shown = [(run, color) for run, color in _colored(runs) if run.diagnostics]
+  num_rows = -(-len(names) // 4)
+  figure, axes = plt.subplots(
+    *(num_rows, 4), figsize=(14, 2.4 * num_rows), squeeze=False, layout="constrained"
+  )
+  for name, axis in zip(names, axes.flat, strict=False):
+    axis.set_title(name, fontsize="medium")
+    found = [
+      (run, color, cell)
+      for run, color in shown
+      for cell in run.diagnostics
+      if cell.name == name
+    ]
+    draw = _draw_layers if found[0][2].layers else _draw_bars
+    draw(axis, found)
+  for axis in axes.flat[len(names) :]:
+    axis.remove()
+  _finish(figure, path, shown, {})
+
+
+def _draw_layers(axis, found) -> None:
+  for run, color, cell in found:
+    # As a number, None is NaN, which leaves a gap in the line.
+    values = np.array(cell.layers, dtype=float)
+    axis.plot(range(len(values)), values, color=color, marker=".", label=run.name)
+  axis.locator_params(axis="x", integer=True)
+  axis.set_xlabel("layer", fontsize="small")
+
+
+def _draw_bars(axis, found) -> None:
+  for place, (run, color, cell) in enumerate(found):
+    bar = axis.barh(-place, cell.value, color=color, label=run.name)
+    # Runs differ in digits that a bar from zero does not show.
+    axis.bar_label(bar, fmt="%.4f", padding=2, fontsize="x-small")
+  axis.axvline(0.0, color="black", linewidth=0.5)
+  axis.set_yticks([])
+  axis.locator_params(axis="x", nbins=4)
+  axis.margins(x=0.25)
+
+
+def _top(validations: Sequence[list[dict[str, float]]]) -> float | None:
+  """Just above the highest loss but for the first quarter of each run's validations."""
+  late = [r for records in validations for r in records[len(records) // 4 :]]
+  losses = [r[f"eval/{stream}/loss"] for r in late for stream in ("full", "sparse")]
+  return max((1.02 * loss for loss in losses if np.isfinite(loss)), default=None)
+
+
+def _colored(runs: Sequence[Run]):
+  """Each run with its colour."""
+  num = len(runs)
+  # Ten colours that are easily told apart; more runs share out a spectrum.
+  if num <= 10:
+    return [(run, f"C{number}") for number, run in enumerate(runs)]
+  return list(zip(runs, _pyplot().get_cmap("turbo")(np.linspace(0.0, 1.0, num)), strict=True))
+
+
+def _finish(figure, path: pathlib.Path, shown, styles: dict[str, str]) -> None:
+  """Says beside the panels which run has which colour and what lines mean; saves."""
+  plt = _pyplot()
+  handles = [
+    plt.Line2D([], [], color=color, linewidth=3, label=run.name) for run, color in shown
+  ]
+  handles += [
+    plt.Line2D([], [], color="black", linestyle=style, label=label)
+    for label, style in styles.items()
+  ]
+  figure.legend(handles=handles, loc="outside right upper", fontsize="small")
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def _pyplot():
+  try:
+    import matplotlib
+  except ImportError:
+    raise errors.UserError(
+      "pictures need the package matplotlib; install sparsejax[eval]."
+    ) from None
+  # Draws into files wherever it runs.
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  return pyplot
