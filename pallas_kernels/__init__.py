@@ -1,6 +1,7 @@
 """The front door of the kernels; nothing behind it is imported from outside."""
 
 from pallas_kernels.block_selection.api import choose_block_selection, select_blocks
+from pallas_kernels.block_selection.of_token import select_blocks_of_token
 from pallas_kernels.block_selection.pooling import Pooling, nsa_windows
 from pallas_kernels.block_sparse_attention.api import (
   block_sparse_attention,
@@ -26,4 +27,5 @@ __all__ = [
   "full_attention",
   "nsa_windows",
   "select_blocks",
+  "select_blocks_of_token",
 ]

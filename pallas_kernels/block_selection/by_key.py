@@ -25,11 +25,17 @@ def fill(
   lists_BTKQ: jax.Array, problem: Problem, rules: Rules, bounds: plan.Bounds
 ) -> jax.Array:
   """Lists of M blocks: those given, and the best others by `problem.key_score_BSK`."""
-  num_left = rules.num_blocks - rules.num_by_query
   candidates_BOKC = _candidates(problem, rules)
   b = bounds.own_block.shape[0]
   row_B1 = jnp.arange(b)[:, None]
-  candidates_BTKC = candidates_BOKC[row_B1, bounds.own_block]
+  return fill_with(lists_BTKQ, candidates_BOKC[row_B1, bounds.own_block], rules, bounds)
+
+
+def fill_with(
+  lists_BTKQ: jax.Array, candidates_BTKC: jax.Array, rules: Rules, bounds: plan.Bounds
+) -> jax.Array:
+  """Lists of M blocks: those given, and the first of the candidates that are not there yet."""
+  num_left = rules.num_blocks - rules.num_by_query
   is_new = candidates_BTKC >= bounds.first_block[:, :, None, None]
   for q in range(rules.num_by_query):
     is_new &= candidates_BTKC != lists_BTKQ[..., q, None]
@@ -47,12 +53,10 @@ def block_scores(problem: Problem, rules: Rules) -> jax.Array:
   scores, segments = problem.key_score_BSK, problem.segments_BS
   s = scores.shape[1]
   num_blocks = -(-s // rules.block_size)
-  per_block = rules.block_size // rules.pooling.stride
   windows_BKW = poolings.mean_windows(scores, segments, rules.pooling).transpose(0, 2, 1)
   if segments is None:
-    return poolings.largest_of_windows(
-      windows_BKW, rules.pooling, per_block, num_blocks, -jnp.inf
-    )
+    return scores_of_blocks(windows_BKW, rules, num_blocks)
+  per_block = rules.block_size // rules.pooling.stride
   # Windows that end before the document are another document's.
   last_N = jnp.minimum((jnp.arange(num_blocks) + 1) * rules.block_size, s) - 1
   first_BN = documents.first_positions(segments)[:, last_N]
@@ -66,6 +70,33 @@ def block_scores(problem: Problem, rules: Rules) -> jax.Array:
   return best
 
 
+def scores_of_blocks(windows_BKW: jax.Array, rules: Rules, num_blocks: int) -> jax.Array:
+  """The score of every block [B, K, N] of a single document, from those of its windows."""
+  per_block = rules.block_size // rules.pooling.stride
+  return poolings.largest_of_windows(
+    windows_BKW, rules.pooling, per_block, num_blocks, -jnp.inf
+  )
+
+
+def ranked(scores_BKN: jax.Array, own_BO: jax.Array, first_BO: jax.Array, rules: Rules):
+  """The best M blocks for queries of each block [B, O, K, C], best first; -1 for none.
+
+  Args:
+    scores_BKN: of blocks.
+    own_BO: blocks that queries are in.
+    first_BO: the first blocks that they may read.
+    rules: of the call.
+  """
+  n = scores_BKN.shape[-1]
+  block_N = jnp.arange(n)[None, None]
+  # Nearer blocks are forced; their windows may reach beyond the queries.
+  is_seen_BON = block_N <= own_BO[..., None] - rules.num_local
+  is_seen_BON = is_seen_BON & (block_N >= first_BO[..., None])
+  score = jnp.where(is_seen_BON[:, :, None], scores_BKN[:, None], -jnp.inf)
+  best, blocks = lax.top_k(score, min(rules.num_blocks, n))
+  return jnp.where(jnp.isneginf(best), -1, blocks)
+
+
 def _candidates(problem: Problem, rules: Rules) -> jax.Array:
   """The best M blocks for the queries of every block [B, O, K, C], best first; -1 for none."""
   scores_BKN = block_scores(problem, rules)
@@ -74,21 +105,14 @@ def _candidates(problem: Problem, rules: Rules) -> jax.Array:
   if problem.segments_BS is not None:
     starts = jnp.arange(n) * rules.block_size
     first_BN = documents.first_positions(problem.segments_BS)[:, starts] // rules.block_size
-  block_N = jnp.arange(n)
-  num_candidates = min(rules.num_blocks, n)
 
   def rank(part):
     own_O, first_BO = part
-    # Nearer blocks are forced; their windows may reach beyond the queries.
-    is_seen_BON = (block_N[None] <= own_O[:, None] - rules.num_local)[None]
-    is_seen_BON = is_seen_BON & (block_N[None, None] >= first_BO[..., None])
-    score = jnp.where(is_seen_BON[:, :, None], scores_BKN[:, None], -jnp.inf)
-    best, blocks = lax.top_k(score, num_candidates)
-    return jnp.where(jnp.isneginf(best), -1, blocks)
+    return ranked(scores_BKN, own_O[None], first_BO, rules)
 
   size = min(n, _BLOCKS_AT_ONCE)
   pad = -n % size
-  own = jnp.pad(block_N, (0, pad)).reshape(-1, size)
+  own = jnp.pad(jnp.arange(n), (0, pad)).reshape(-1, size)
   first = jnp.pad(first_BN, [(0, 0), (0, pad)]).reshape(b, -1, size).swapaxes(0, 1)
   parts = lax.map(rank, (own, first)).swapaxes(0, 1)
-  return parts.reshape(b, -1, k, num_candidates)[:, :n]
+  return parts.reshape(b, -1, k, parts.shape[-1])[:, :n]

@@ -44,13 +44,17 @@ class Span(NamedTuple):
 
 def bounds(problem: Problem, rules: Rules) -> Bounds:
   b, t = problem.q_BTHD.shape[:2]
-  size, stride = rules.pooling.size, rules.pooling.stride
   position_T = problem.query_offset + jnp.arange(t, dtype=jnp.int32)
   if problem.segments_BS is None:
     first_BT = jnp.zeros((b, t), jnp.int32)
   else:
     first_BT = documents.first_positions(problem.segments_BS)[:, position_T]
-  position_BT = jnp.broadcast_to(position_T[None], (b, t))
+  return bounds_at(jnp.broadcast_to(position_T[None], (b, t)), first_BT, rules)
+
+
+def bounds_at(position_BT: jax.Array, first_BT: jax.Array, rules: Rules) -> Bounds:
+  """The bounds of queries by their positions, and those at which their documents begin."""
+  size, stride = rules.pooling.size, rules.pooling.stride
   return Bounds(
     # The first window whose last key is not before the document.
     first_window=-(-jnp.maximum(first_BT - (size - 1), 0) // stride),

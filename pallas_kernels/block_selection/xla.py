@@ -32,10 +32,10 @@ def choose(
     q_BCHD, bounds, spans, coarse_bounds = part
     lse_BCKG1 = None
     if coarse is not None:
-      lse_BCKG1 = _log_normalizer(q_BCHD, coarse.keys_BWKD, coarse_bounds, rules.scale)
+      lse_BCKG1 = log_normalizer(q_BCHD, coarse.keys_BWKD, coarse_bounds, rules.scale)
     score_BCKN = scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks, lse_BCKG1)
     return [
-      _best(score_BCKN, *span, slots.slots) for span, slots in zip(spans, whole, strict=True)
+      best(score_BCKN, *span, slots.slots) for span, slots in zip(spans, whole, strict=True)
     ]
 
   whole = spans
@@ -89,7 +89,7 @@ def _coarse(problem: Problem, rules: Rules) -> _Coarse | None:
   return _Coarse(keys_BWKD.astype(k_BSKD.dtype), bounds)
 
 
-def _log_normalizer(q_BCHD, keys_BWKD, bounds, scale):
+def log_normalizer(q_BCHD, keys_BWKD, bounds, scale):
   """The logarithm of the sum of exponentials over windows; -inf where none is seen."""
   logits_BCKGW = _logits(q_BCHD, keys_BWKD, bounds, scale)
   return jax.nn.logsumexp(logits_BCKGW, axis=-1, keepdims=True)
@@ -109,15 +109,15 @@ def _logits(q_BCHD, keys_BWKD, bounds, scale):
   return jnp.where(is_seen_BCW[:, :, None, None], logits_BCKGW, -jnp.inf)
 
 
-def _best(score_BCKN, begin_BC, end_BC, wanted_BC, slots):
+def best(score_BCKN, begin_BC, end_BC, wanted_BC, slots):
   """Numbers of the best blocks of a range, lower ones first among equals; then -1."""
   n = score_BCKN.shape[-1]
   number_11N = jnp.arange(n)[None, None]
   is_in_BCN = (number_11N >= begin_BC[..., None]) & (number_11N < end_BC[..., None])
   score_BCKN = jnp.where(is_in_BCN[:, :, None], score_BCKN, -jnp.inf)
-  best_BCKX, blocks_BCKX = jax.lax.top_k(score_BCKN, min(slots, n))
+  top_BCKX, blocks_BCKX = jax.lax.top_k(score_BCKN, min(slots, n))
   is_wanted_BCX = jnp.arange(min(slots, n))[None, None] < wanted_BC[..., None]
-  is_chosen_BCKX = is_wanted_BCX[:, :, None] & ~jnp.isneginf(best_BCKX)
+  is_chosen_BCKX = is_wanted_BCX[:, :, None] & ~jnp.isneginf(top_BCKX)
   blocks_BCKX = jnp.where(is_chosen_BCKX, blocks_BCKX, -1).astype(jnp.int32)
   return jnp.pad(
     blocks_BCKX, [(0, 0), (0, 0), (0, 0), (0, max(0, slots - n))], constant_values=-1
