@@ -1,0 +1,1 @@
+"""Attention of one query per row to keys that lie in pages."""
