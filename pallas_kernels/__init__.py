@@ -2,7 +2,7 @@
 
 from pallas_kernels.block_selection.api import choose_block_selection, select_blocks
 from pallas_kernels.block_selection.of_token import select_blocks_of_token
-from pallas_kernels.block_selection.pooling import Pooling, nsa_windows
+from pallas_kernels.block_selection.pooling import Pooling, mean_windows, nsa_windows
 from pallas_kernels.block_sparse_attention.api import (
   block_sparse_attention,
   choose_block_sparse_attention,
@@ -28,6 +28,7 @@ __all__ = [
   "decode_attention",
   "dual_path_attention",
   "full_attention",
+  "mean_windows",
   "nsa_windows",
   "select_blocks",
   "select_blocks_of_token",

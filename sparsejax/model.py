@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sparsejax import sharding
 from sparsejax.attention import layer, method, rotary
+from sparsejax.attention.past import Cache, Past
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,12 @@ class Output(NamedTuple):
   Attributes:
     hidden_BTE: normed output of the last layer; `unembedding` turns it into logits.
     align_L: each layer's disagreement of streams (SSA), float32.
+    cache: with the tokens at hand, while the model decodes.
   """
 
   hidden_BTE: jax.Array
   align_L: jax.Array
+  cache: Cache | None = None
 
 
 def _saves_attention(primitive, *args, **parameters) -> bool:
@@ -104,9 +107,20 @@ class Block(nn.Module):
   stream: method.Stream
 
   @nn.compact
-  def __call__(self, x_BTE, angles_BTD, segments_BT, use_full):
+  def __call__(self, carry, angles_BTD, segments_BT, past: Past | None, use_full, number):
+    """Takes hidden states [B, T, E] through the layer.
+
+    Args:
+      carry: those, and while the model decodes what the layer's stack remembers; else None.
+      angles_BTD, segments_BT, use_full: see `layer.Attention`.
+      past: while the model decodes, all there is to know of the past but that.
+      number: of the layer in its stack.
+    """
+    x_BTE, arrays = carry
+    if past is not None:
+      past = past.replace(arrays=arrays, layer=number)
     x_BTE = sharding.constrain(x_BTE, "batch", "length", "activation_embed")
-    attended_BTE, align = layer.Attention(
+    attended_BTE, align, past = layer.Attention(
       width=self.shape.hidden_size,
       num_heads=self.shape.num_attention_heads,
       num_kv_heads=self.shape.num_key_value_heads,
@@ -121,10 +135,11 @@ class Block(nn.Module):
       segments_BT,
       use_full,
       self.stream,
+      past,
     )
     x_BTE += attended_BTE
     x_BTE += Mlp(self.shape, name="mlp")(_norm(self.shape, "post_attention_layernorm")(x_BTE))
-    return x_BTE, align
+    return (x_BTE, None if past is None else past.arrays), align
 
 
 class Period(nn.Module):
@@ -135,15 +150,20 @@ class Period(nn.Module):
   stream: method.Stream
 
   @nn.compact
-  def __call__(self, x_BTE, angles_BTD, segments_BT, use_full_P):
+  def __call__(self, carry, angles_BTD, segments_BT, pasts_P, use_full_P, number):
+    """What `Block` takes and returns, with a tuple by place of all that is of a layer."""
+    x_BTE, arrays_P = carry
     # A scan of one period is no loop, so that nothing else guards against CSE.
-    block, aligns = _with_remat(self.shape, prevent_cse=True), []
+    block, after_P, aligns = _with_remat(self.shape, prevent_cse=True), [], []
     for place in range(len(self.options.pattern)):
       own = self.options.of_layer(place)
       layer_ = block(self.shape, own, self.stream, name=str(place))
-      x_BTE, align = layer_(x_BTE, angles_BTD, segments_BT, use_full_P[place])
+      carry = x_BTE, arrays_P[place]
+      given = angles_BTD, segments_BT, pasts_P[place], use_full_P[place], number
+      (x_BTE, arrays), align = layer_(carry, *given)
+      after_P.append(arrays)
       aligns.append(align)
-    return x_BTE, jnp.stack(aligns)
+    return (x_BTE, tuple(after_P)), jnp.stack(aligns)
 
 
 def _with_remat(shape: Shape, *, prevent_cse: bool):
@@ -169,8 +189,9 @@ class Transformer(nn.Module):
     *,
     stream: method.Stream = "train",
     use_full_L=None,
+    cache: Cache | None = None,
   ) -> Output:
-    """Runs the model.
+    """Runs the model, or with a cache one token of every row.
 
     Args:
       inputs_BT: token ids.
@@ -179,6 +200,7 @@ class Transformer(nn.Module):
       stream: `train`, `full` or `sparse` (see `attention.method`).
       use_full_L: SSA in training: which layers run on the full stream, bool (see
         `attention.ssa.toss`); None is all.
+      cache: of the tokens before those at hand; their positions are its lengths.
     """
     shape = self.shape
     if use_full_L is None:
@@ -201,22 +223,31 @@ class Transformer(nn.Module):
       positions_BT, shape.head_dim, shape.rope_theta, shape.rope_scaling
     )
     period = len(self.options.pattern)
+    arrays = pasts = (None,) * period
+    if cache is not None:
+      arrays, pasts = cache.arrays, cache.pasts()
     if period == 1:
       # prevent_cse guards against what scan already rules out.
       body, options = _with_remat(shape, prevent_cse=False), self.options.of_layer(0)
+      (arrays,), (pasts,) = arrays, pasts
     else:
       body, options = Period, self.options
       use_full_L = use_full_L.reshape(-1, period)
+    number_L = jnp.arange(shape.num_hidden_layers // period)
     layers = nn.scan(
       body,
-      variable_axes={"params": 0, "intermediates": 0},
+      variable_axes={"params": 0, "intermediates": 0, "past": 0},
       split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast, 0),
+      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
       length=shape.num_hidden_layers // period,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(shape, options, stream, name="layers")
-    x_BTE, align_L = layers(x_BTE, angles_BTD, segments_BT, use_full_L)
-    return Output(_norm(shape, "norm")(x_BTE), align_L.reshape(-1))
+    (x_BTE, arrays), align_L = layers(
+      (x_BTE, arrays), angles_BTD, segments_BT, pasts, use_full_L, number_L
+    )
+    if cache is not None:
+      cache = cache.after(arrays if period > 1 else (arrays,))
+    return Output(_norm(shape, "norm")(x_BTE), align_L.reshape(-1), cache)
 
 
 def unembedding(params) -> jax.Array:

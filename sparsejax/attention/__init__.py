@@ -12,10 +12,12 @@ from sparsejax.attention.method import (
   Options,
   SparseMethod,
   SsaOptions,
+  Stream,
 )
 from sparsejax.attention.moba import Moba
 from sparsejax.attention.nosa import Nosa
 from sparsejax.attention.nsa import Nsa
+from sparsejax.attention.past import KEYS_AND_VALUES, Kind
 from sparsejax.attention.sliding_window import SlidingWindow
 from sparsejax.attention.ssa import Ssa
 
@@ -28,6 +30,7 @@ __all__ = [
   "Options",
   "SsaOptions",
   "make_method",
+  "remembers",
   "sparse_method",
   "sparse_name",
   "sparse_names",
@@ -64,6 +67,19 @@ def sparse_names(options: Options) -> tuple[str, ...]:
   """The names of all layers' sparse methods, each once."""
   layers = [options.of_layer(place) for place in range(len(options.pattern))]
   return tuple(dict.fromkeys(sparse_name(own) for own in layers if not own.is_always_full))
+
+
+def remembers(options: Options, stream: Stream, length: int) -> dict[str, Kind]:
+  """What a layer of these settings needs of earlier tokens to decode.
+
+  Args:
+    options: of the layer.
+    stream: `full` or `sparse`.
+    length: tokens that a row has room for.
+  """
+  if options.method == "full" and (stream == "full" or options.is_always_full):
+    return KEYS_AND_VALUES
+  return sparse_method(options).remembers(options, stream, length)
 
 
 def make_method(options: Options, kernel_init: nn.initializers.Initializer):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from sparsejax import sharding
 from sparsejax.attention import full, method
+from sparsejax.attention import past as pasts
 from sparsejax.attention.method import HEADS, KEY_SCORES, KV_HEADS, SEGMENTS
 
 
@@ -23,10 +24,15 @@ class BlockSparse(method.SparseMethod):
     """Scores of keys, float32 [B, T, K]; None for a method without."""
     del v_BTKD
 
-  def __call__(self, q_BTHD, k_BTKD, v_BTKD, tokens, stream) -> method.Attended:
+  def __call__(
+    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Past | None = None
+  ) -> method.Attended:
     score_BTK = self.key_scores(v_BTKD)
+    if past is not None:
+      return self._decode(q_BTHD, k_BTKD, v_BTKD, score_BTK, stream, past)
     if score_BTK is not None:
       self.sow("intermediates", "key_bias", score_BTK)
+      self.sow("past", "key_bias", score_BTK)
     if stream == "full" or self.is_dense(self.options, q_BTHD.shape[1]):
       self.choose(q_BTHD, k_BTKD, v_BTKD, tokens)
       out_BTHD = full.full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, self.options, score_BTK)
@@ -67,6 +73,72 @@ class BlockSparse(method.SparseMethod):
     if self.is_mutable_collection("intermediates") and not is_dense:
       self._select(q_BTHD, k_BTKD, tokens, self.key_scores(v_BTKD))
 
+  @classmethod
+  def remembers(cls, options, stream, length) -> dict[str, pasts.Kind]:
+    kinds = dict(pasts.KEYS_AND_VALUES)
+    if cls.has_key_scores:
+      kinds["bias"] = pasts.Pages("key_bias", is_scalar=True)
+    if stream == "full" or _lists_everything(options, length):
+      return kinds
+    rules = cls.selection(options, length)
+    size = options.block_size
+    pooling = rules.get("pooling", pallas_kernels.Pooling(size, size, 0, 1))
+    normalizer = rules.get("normalizer")
+    most = pooling.size if normalizer is None else max(pooling.size, normalizer.size)
+    kinds["last_keys"] = pasts.Last("keys", size=most)
+    kinds["windows"] = pasts.Windows("keys", pooling=pooling, last="last_keys")
+    if normalizer is not None:
+      kinds["coarse"] = pasts.Windows("keys", pooling=normalizer, last="last_keys")
+    if "num_by_query" in rules:
+      kinds["last_bias"] = pasts.Last("key_bias", is_scalar=True, size=pooling.size)
+      kinds["window_bias"] = pasts.Windows(
+        "key_bias", is_scalar=True, pooling=pooling, last="last_bias"
+      )
+    return kinds
+
+  def _decode(self, q_B1HD, k_B1KD, v_B1KD, score_B1K, stream, past) -> method.Attended:
+    """One token per row, by the pages that it lists among those of the tokens before it."""
+    scores = {} if score_B1K is None else dict(key_bias=score_B1K[:, 0])
+    past = past.add(keys=k_B1KD[:, 0], values=v_B1KD[:, 0], **scores)
+    q_BHD = q_B1HD[:, 0]
+    if stream == "full" or _lists_everything(self.options, past.length):
+      pages_BKM = past.all_pages()
+    else:
+      pages_BKM = self._with_dense_rows(self._list(q_BHD, past), past)
+    out_BHD = past.read(q_BHD, pages_BKM, bias="bias" if scores else None)
+    return method.Attended(out_BHD[:, None], jnp.float32(0), past)
+
+  def _list(self, q_BHD, past: method.Past):
+    options, more = self.options, {}
+    if "coarse" in past.kinds:
+      more["coarse_keys_BWKD"] = past.of_layer("coarse")
+    if "window_bias" in past.kinds:
+      more["window_score_BWK"] = past.of_layer("window_bias")
+    return pallas_kernels.select_blocks_of_token(
+      q_BHD,
+      past.of_layer("windows"),
+      past.position_B,
+      num_keys=past.length,
+      block_size=options.block_size,
+      num_blocks=options.num_listed(past.length),
+      **self.selection(options, past.length),
+      **more,
+    )
+
+  def _with_dense_rows(self, pages_BKM, past: method.Past):
+    """Lists of which those of rows that are still short have every page."""
+    dense = self.dense_length(self.options)
+    num_dense = min(-(-dense // self.options.block_size), past.num_pages)
+    if num_dense == 0:
+      return pages_BKM
+    b, k, m = pages_BKM.shape
+    wide = max(m, num_dense)
+    pages_BKM = jnp.pad(pages_BKM, [(0, 0), (0, 0), (0, wide - m)], constant_values=-1)
+    every = jnp.broadcast_to(jnp.arange(wide), (b, k, wide))
+    every = jnp.where(every < past.num_pages, every, -1)
+    is_dense_B11 = (past.position_B + 1 < dense)[:, None, None]
+    return jnp.where(is_dense_B11, every, pages_BKM)
+
   def _sparse(self, q_BTHD, k_BTKD, v_BTKD, tokens, score_BTK):
     blocks_BTKM = self._select(q_BTHD, k_BTKD, tokens, score_BTK)
     segments_BT = self.options.sparse_segments(tokens)
@@ -98,6 +170,10 @@ class BlockSparse(method.SparseMethod):
     # For whoever looks: apply(..., mutable=["intermediates"]).
     self.sow("intermediates", "blocks", blocks_BTKM)
     return blocks_BTKM
+
+
+def _lists_everything(options: method.Options, length: int) -> bool:
+  return options.num_listed(length) * options.block_size >= length
 
 
 def read(

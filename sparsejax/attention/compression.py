@@ -132,6 +132,18 @@ def attend(
   return jnp.pad(out_BTHD, [(0, 0), (first, 0), (0, 0), (0, 0)])
 
 
+def attend_of_token(
+  q_BHD, keys_BWKD, values_BWKD, position_B, *, size: int, stride: int
+) -> jax.Array:
+  """The same of one query per row, [B, H, D]; windows that are not complete may be anything."""
+  is_seen_BW = (jnp.arange(keys_BWKD.shape[1]) * stride + size - 1)[None] <= position_B[:, None]
+  values_BWKD = jnp.where(is_seen_BW[..., None, None], values_BWKD, 0)
+  out_B1HD = jax.nn.dot_product_attention(
+    q_BHD[:, None], keys_BWKD, values_BWKD, mask=is_seen_BW[:, None, None]
+  )
+  return jnp.where(is_seen_BW.any(-1)[:, None, None], out_B1HD[:, 0], 0)
+
+
 def choose(
   q_BTHD: jax.ShapeDtypeStruct,
   k_BTKD: jax.ShapeDtypeStruct,

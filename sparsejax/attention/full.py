@@ -15,12 +15,18 @@ class Full(nn.Module):
   options: method.Options
   sparse: nn.Module | None
 
-  def __call__(self, q_BTHD, k_BTKD, v_BTKD, tokens, stream) -> method.Attended:
+  def __call__(
+    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Past | None = None
+  ) -> method.Attended:
     if self.is_initializing() and self.sparse is not None:
       # What selects may have parameters; they are there whatever training runs.
       self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, "sparse")
     if stream == "sparse" and self.sparse is not None:
-      return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream)
+      return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream, past)
+    if past is not None:
+      past = past.add(keys=k_BTKD[:, 0], values=v_BTKD[:, 0])
+      out_BHD = past.read(q_BTHD[:, 0], past.all_pages())
+      return method.Attended(out_BHD[:, None], jnp.float32(0), past)
     if self.sparse is not None:
       self.sparse.choose(q_BTHD, k_BTKD, v_BTKD, tokens)
     out_BTHD = full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, self.options)

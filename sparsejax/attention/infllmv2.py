@@ -56,5 +56,5 @@ class InfllmV2(block_sparse.BlockSparse):
     return cls.num_by_query(options) or options.infllmv2.num_forced
 
   @classmethod
-  def is_dense(cls, options: method.Options, length: int) -> bool:
-    return length < options.infllmv2.dense_length
+  def dense_length(cls, options: method.Options) -> int:
+    return options.infllmv2.dense_length

@@ -25,9 +25,18 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTE, angles_BTD, segments_BT, use_full, stream: method.Stream
-  ) -> tuple[jax.Array, jax.Array]:
-    """Returns the layer's output [B, T, E] and its method's disagreement, a scalar."""
+    self,
+    x_BTE,
+    angles_BTD,
+    segments_BT,
+    use_full,
+    stream: method.Stream,
+    past: method.Past | None = None,
+  ) -> tuple[jax.Array, jax.Array, method.Past | None]:
+    """Returns the layer's output [B, T, E], its method's disagreement, a scalar, and its past.
+
+    That is given while the model decodes, and comes back with the token at hand.
+    """
     q_BTHD = self._project("q_proj", "heads", self.num_heads)(x_BTE)
     k_BTKD = self._project("k_proj", "kv_heads", self.num_kv_heads)(x_BTE)
     v_BTKD = self._project("v_proj", "kv_heads", self.num_kv_heads)(x_BTE)
@@ -40,11 +49,14 @@ class Attention(nn.Module):
     # For whoever looks: apply(..., mutable=["intermediates"]).
     self.sow("intermediates", "queries", q_BTHD)
     self.sow("intermediates", "keys", k_BTKD)
+    # For whoever decodes later: apply(..., mutable=["past"]).
+    self.sow("past", "keys", k_BTKD)
+    self.sow("past", "values", v_BTKD)
 
     gate_BTH = self._gate(x_BTE)
     tokens = method.Tokens(segments_BT, gate_BTH, use_full, x_BTE, angles_BTD)
     attend = make_method(self.options, self.kernel_init)
-    attended = attend(q_BTHD, k_BTKD, v_BTKD, tokens, stream)
+    attended = attend(q_BTHD, k_BTKD, v_BTKD, tokens, stream, past)
     out_BTHD = attended.out_BTHD
     if gate_BTH is not None:
       out_BTHD = out_BTHD * gate_BTH[..., None]
@@ -54,7 +66,7 @@ class Attention(nn.Module):
       (self.num_heads, self.head_dim, self.width),
       ("heads", "head_dim", "embed"),
     )(out_BTHD)
-    return out_BTE, attended.align
+    return out_BTE, attended.align, attended.past
 
   def _project(self, name: str, axis: str, heads: int) -> nn.Module:
     shape = (self.width, heads, self.head_dim)

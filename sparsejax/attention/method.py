@@ -2,10 +2,11 @@
 
 A method is a linen module called as
 
-  attended = method(q_BTHD, k_BTKD, v_BTKD, tokens, stream)
+  attended = method(q_BTHD, k_BTKD, v_BTKD, tokens, stream, past)
 
-that attends over what the layer has projected and rotated. Every method can run three
-streams, so that one set of weights can be trained one way and evaluated in others:
+that attends over what the layer has projected and rotated. While a model decodes, there is one
+token per row (T = 1), and `past` has the ones before it; otherwise it is None. Every method can
+run three streams, so that one set of weights can be trained one way and evaluated in others:
 
   train   what the method does in training
   full    every query reads every earlier key
@@ -23,6 +24,8 @@ import jax
 
 import pallas_kernels
 from sparsejax import sharding
+from sparsejax.attention import past as pasts
+from sparsejax.attention.past import Past
 
 type Stream = Literal["train", "full", "sparse"]
 
@@ -60,10 +63,12 @@ class Attended(NamedTuple):
   Attributes:
     out_BTHD: for the layer to gate and project.
     align: scalar float32, how far the two streams are apart; 0 where there is one stream.
+    past: with the token at hand, while a model decodes.
   """
 
   out_BTHD: jax.Array
   align: jax.Array
+  past: Past | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,8 +286,9 @@ class SparseMethod(nn.Module):
 
     Without what every method gives it: arrays, block size, M, documents, implementation.
     """
-    del length
-    return dict(rule=options.selection)
+    # A row that is read whole has no halves, and may have an odd number of blocks.
+    is_whole = options.num_listed(length) * options.block_size >= length
+    return dict(rule="exact" if is_whole else options.selection)
 
   @classmethod
   def scores_per_key(cls, options: Options) -> float:
@@ -296,10 +302,21 @@ class SparseMethod(nn.Module):
     return 0
 
   @classmethod
+  def dense_length(cls, options: Options) -> int:
+    """Rows of fewer tokens run the full stream, whatever was asked for."""
+    del options
+    return 0
+
+  @classmethod
   def is_dense(cls, options: Options, length: int) -> bool:
-    """Whether rows of so many tokens run the full stream, whatever was asked for."""
-    del options, length
-    return False
+    """Whether rows of so many tokens do."""
+    return length < cls.dense_length(options)
+
+  @classmethod
+  def remembers(cls, options: Options, stream: Stream, length: int) -> dict[str, pasts.Kind]:
+    """What a layer needs of earlier tokens to run a stream on rows of up to `length`."""
+    del options, stream, length
+    return pasts.KEYS_AND_VALUES
 
   def choose(self, q_BTHD, k_BTKD, v_BTKD, tokens: Tokens) -> None:
     """Where the full stream runs: shows the lists that the sparse one would read, if asked.

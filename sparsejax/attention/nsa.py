@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from sparsejax import sharding
 from sparsejax.attention import block_sparse, compression, full, method, rotary
+from sparsejax.attention import past as pasts
 from sparsejax.attention.method import HEADS, KV_HEADS, SEGMENTS
 from sparsejax.attention.product import Product
 
@@ -25,35 +26,106 @@ class Nsa(method.SparseMethod):
   """
 
   @nn.compact
-  def __call__(self, q_BTHD, k_BTKD, v_BTKD, tokens, stream) -> method.Attended:
-    options, nsa = self.options, self.options.nsa
-    is_full = stream == "full"
-    segments_BT = (options.full_segments if is_full else options.sparse_segments)(tokens)
-
-    keys_BWKD, values_BWKD = (
-      self._compress(name, x_BTKD, segments_BT)
-      for name, x_BTKD in zip("kv", self._project("cmp", k_BTKD, v_BTKD, tokens), strict=True)
-    )
-    if is_full:
-      if self.is_mutable_collection("intermediates"):
-        self._select(q_BTHD, keys_BWKD, k_BTKD, segments_BT)
-      selected_BTHD = full.full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, options)
+  def __call__(
+    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Past | None = None
+  ) -> method.Attended:
+    keys_and_values = {
+      "slc": (k_BTKD, v_BTKD),
+      "cmp": self._project("cmp", k_BTKD, v_BTKD, tokens),
+      "win": self._project("win", k_BTKD, v_BTKD, tokens),
+    }
+    if past is None:
+      branches = self._branches(q_BTHD, keys_and_values, tokens, stream)
     else:
-      blocks_BTKM = self._select(q_BTHD, keys_BWKD, k_BTKD, segments_BT)
-      selected_BTHD = block_sparse.read(
-        q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT, options
-      )
-    window = self._project("win", k_BTKD, v_BTKD, tokens)
-    branches = (
-      self._attend_to_windows(q_BTHD, keys_BWKD, values_BWKD, segments_BT),
-      selected_BTHD,
-      full.attend(q_BTHD, *window, segments_BT, options, window=nsa.window),
-    )
+      branches, past = self._branches_of_token(q_BTHD, keys_and_values, stream, past)
     gates_BTCH = self._gates(tokens, q_BTHD)
     out_BTHD = sum(
       gates_BTCH[:, :, i, :, None] * branch_BTHD for i, branch_BTHD in enumerate(branches)
     )
-    return method.Attended(out_BTHD, jnp.float32(0))
+    return method.Attended(out_BTHD, jnp.float32(0), past)
+
+  def _branches(self, q_BTHD, keys_and_values, tokens, stream) -> tuple[jax.Array, ...]:
+    """Outputs of compression, selection and window, [B, T, H, D] each."""
+    options, nsa = self.options, self.options.nsa
+    is_full = stream == "full"
+    segments_BT = (options.full_segments if is_full else options.sparse_segments)(tokens)
+    compressed = [
+      self._compress(name, x_BTKD, segments_BT)
+      for name, x_BTKD in zip("kv", keys_and_values["cmp"], strict=True)
+    ]
+    for branch, pair in (*keys_and_values.items(), ("windows", compressed)):
+      for name, x in zip(("keys", "values"), pair, strict=True):
+        self.sow("past", f"{name}_{branch}", x)
+
+    k_BTKD, v_BTKD = keys_and_values["slc"]
+    if is_full:
+      if self.is_mutable_collection("intermediates"):
+        self._select(q_BTHD, compressed[0], k_BTKD, segments_BT)
+      selected_BTHD = full.full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, options)
+    else:
+      blocks_BTKM = self._select(q_BTHD, compressed[0], k_BTKD, segments_BT)
+      selected_BTHD = block_sparse.read(
+        q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT, options
+      )
+    return (
+      self._attend_to_windows(q_BTHD, *compressed, segments_BT),
+      selected_BTHD,
+      full.attend(q_BTHD, *keys_and_values["win"], segments_BT, options, window=nsa.window),
+    )
+
+  @classmethod
+  def remembers(cls, options, stream, length) -> dict[str, pasts.Kind]:
+    del stream, length  # compression and window are the same in both streams
+    nsa = options.nsa
+    pooling = nsa.pooling(options.block_size)
+    kinds = dict(pasts.KEYS_AND_VALUES)
+    for short, name in (("k", "keys"), ("v", "values")):
+      kinds[f"last_{short}"] = pasts.Last(f"{name}_cmp", size=nsa.compress_length)
+      kinds[f"windows_{short}"] = pasts.Windows(f"{name}_windows", pooling=pooling)
+      if nsa.kv == "separate":
+        kinds[f"win_{short}"] = pasts.Last(f"{name}_win", size=nsa.window)
+    return kinds
+
+  def _branches_of_token(self, q_B1HD, keys_and_values, stream, past: method.Past):
+    """The same for one token per row, and its past with it."""
+    options, nsa = self.options, self.options.nsa
+    token = {"keys": keys_and_values["slc"][0], "values": keys_and_values["slc"][1]}
+    for branch in ("cmp", "win"):
+      for name, x in zip(("keys", "values"), keys_and_values[branch], strict=True):
+        token[f"{name}_{branch}"] = x
+    past = past.add(**{name: x_B1KD[:, 0] for name, x_B1KD in token.items()})
+    for name in "kv":
+      window_B1KD = self._compress(name, past.of_layer(f"last_{name}"), None)
+      past = past.add_window(f"windows_{name}", window_B1KD[:, 0])
+
+    q_BHD, keys_BWKD = q_B1HD[:, 0], past.of_layer("windows_k")
+    compressed_BHD = compression.attend_of_token(
+      q_BHD,
+      keys_BWKD,
+      past.of_layer("windows_v"),
+      past.position_B,
+      size=nsa.compress_length,
+      stride=nsa.compress_stride,
+    )
+    if stream == "full":
+      pages_BKM = past.all_pages()
+    else:
+      pages_BKM = pallas_kernels.select_blocks_of_token(
+        q_BHD,
+        keys_BWKD,
+        past.position_B,
+        num_keys=past.length,
+        block_size=options.block_size,
+        num_blocks=options.num_listed(past.length),
+        **self.selection(options, past.length),
+      )
+    selected_BHD = past.read(q_BHD, pages_BKM)
+    if nsa.kv == "shared":
+      window_BHD = past.read_window(q_BHD, nsa.window)
+    else:
+      window_BHD = past.read_last(q_BHD, "win_k", "win_v")
+    branches = compressed_BHD, selected_BHD, window_BHD
+    return tuple(x_BHD[:, None] for x_BHD in branches), past
 
   def _project(self, branch: str, k_BTKD, v_BTKD, tokens):
     """Keys and values of a branch: its own of the layer's input, or those of the layer."""

@@ -14,8 +14,17 @@ class SlidingWindow(method.SparseMethod):
   """The last `options.window` keys of the query's document; run full, every earlier key."""
 
   @nn.compact
-  def __call__(self, q_BTHD, k_BTKD, v_BTKD, tokens, stream) -> method.Attended:
+  def __call__(
+    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Past | None = None
+  ) -> method.Attended:
     options = self.options
+    if past is not None:
+      past = past.add(keys=k_BTKD[:, 0], values=v_BTKD[:, 0])
+      if stream == "full":
+        out_BHD = past.read(q_BTHD[:, 0], past.all_pages())
+      else:
+        out_BHD = past.read_window(q_BTHD[:, 0], options.window)
+      return method.Attended(out_BHD[:, None], jnp.float32(0), past)
     if stream == "full":
       out_BTHD = full.full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, options)
     else:

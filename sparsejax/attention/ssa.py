@@ -18,9 +18,11 @@ class Ssa(nn.Module):
   options: method.Options
   sparse: method.SparseMethod
 
-  def __call__(self, q_BTHD, k_BTKD, v_BTKD, tokens, stream) -> method.Attended:
+  def __call__(
+    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Past | None = None
+  ) -> method.Attended:
     if stream != "train":
-      return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream)
+      return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream, past)
     full_BTHD, sparse_BTHD = self.sparse.both(q_BTHD, k_BTKD, v_BTKD, tokens)
     align = alignment(full_BTHD, sparse_BTHD, tokens, self.options.ssa)
     out_BTHD = jnp.where(tokens.use_full, full_BTHD, sparse_BTHD)

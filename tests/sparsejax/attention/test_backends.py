@@ -171,19 +171,18 @@ def test_operations_are_asked_about_as_the_methods_call_them(monkeypatch):
     method="ssa",
     kernels="strict",
     document_mask="full",
-    num_blocks=99,
+    num_blocks=6,
     selection="half_local",
   )
   qkv = [(1, 64, 4, 64), (1, 64, 2, 64), (1, 64, 2, 64)]
-  # A row of 64 tokens has 8 blocks, whatever the budget.
-  with_lists = [*qkv, (1, 64, 2, 8)]
+  with_lists = [*qkv, (1, 64, 2, 6)]
   shapes, dtype, options = asked["full_attention"]
   assert (shapes, dtype) == (qkv, "bfloat16")
   assert options.pop("segments_BT").shape == (1, 64)
   assert options == dict(max_documents=4, implementation="strict")
   shapes, dtype, options = asked["block_selection"]
   assert (shapes, dtype) == (qkv[:2], "bfloat16")
-  assert options == dict(block_size=8, num_blocks=8, rule="half_local", implementation="strict")
+  assert options == dict(block_size=8, num_blocks=6, rule="half_local", implementation="strict")
   shapes, dtype, options = asked["block_sparse_attention"]
   assert (shapes, dtype) == (with_lists, "bfloat16")
   assert options == dict(block_size=8, segments_BS=None, implementation="strict")
@@ -197,6 +196,19 @@ def test_operations_are_asked_about_as_the_methods_call_them(monkeypatch):
     full_implementation="strict",
     sparse_implementation="strict",
   )
+
+
+def test_a_row_that_is_read_whole_has_no_halves(monkeypatch):
+  """64 tokens have 8 blocks, whatever the budget."""
+  asked = {}
+
+  def ask(*arrays, **options):
+    asked.update(options)
+    return pallas_kernels.Choice("block_selection", "fast", "why")
+
+  monkeypatch.setattr(pallas_kernels, "choose_block_selection", ask)
+  choose(method="moba", num_blocks=99, selection="half_local")
+  assert asked == dict(block_size=8, num_blocks=8, rule="exact", implementation="auto")
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_gradients_are_finite_in_bfloat16(method, stream):
   run, x_BTE = make_run(make_layer(method, dtype="bfloat16"), stream)
 
   def total(x_BTE):
-    out_BTE, align = run(x_BTE)
+    out_BTE, align, _ = run(x_BTE)
     return out_BTE.astype(jnp.float32).sum() + align, (out_BTE, align)
 
   gradient, (out_BTE, align) = jax.grad(total, has_aux=True)(x_BTE)
@@ -187,8 +187,8 @@ def test_the_gate_is_a_switch(method):
   # sigmoid(0) = 1/2 for every head.
   closed = params | {"g_proj": jax.tree.map(jnp.zeros_like, params["g_proj"])}
   bare = {name: value for name, value in params.items() if name != "g_proj"}
-  halved, _ = on.apply({"params": closed}, x_BTE, *arguments)
-  whole, _ = off.apply({"params": bare}, x_BTE, *arguments)
+  halved, *_ = on.apply({"params": closed}, x_BTE, *arguments)
+  whole, *_ = off.apply({"params": bare}, x_BTE, *arguments)
   np.testing.assert_allclose(2 * halved, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -209,7 +209,7 @@ def test_eight_devices_equal_one(method, sizes):
   @functools.partial(jax.jit, static_argnames="stream")
   def run(params, x_BTE, angles, segments, use_full, stream):
     def loss(x_BTE):
-      out, align = module.apply(params, x_BTE, angles, segments, use_full, stream)
+      out, align, _ = module.apply(params, x_BTE, angles, segments, use_full, stream)
       return (out**2).sum() + align, out
 
     return jax.value_and_grad(loss, has_aux=True)(x_BTE)
