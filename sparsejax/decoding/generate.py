@@ -1,0 +1,198 @@
+"""Continues prompts with a cache: many rows at a time, and new prompts in place of ended ones.
+
+Letters: B rows, T tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax import errors, model, sharding
+from sparsejax.attention import method, past
+from sparsejax.decoding import cache as caches
+from sparsejax.decoding import sampling as samplings
+
+
+def generate(
+  transformer: model.Transformer,
+  params: dict,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  stream: method.Stream,
+  mesh: jax.sharding.Mesh,
+  sampling: samplings.Sampling | None = None,
+  seed: int = 0,
+  num_ids: int | None = None,
+  stop_ids: Iterable[int] = (),
+  rows: int = 8,
+  length: int | None = None,
+  on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+  """Returns the ids that follow each prompt.
+
+  A prompt's draws depend on the seed and its number alone, not on what is decoded beside it.
+
+  Args:
+    transformer, params: the model.
+    prompts: ids, at least one each.
+    max_new_tokens: after which a prompt's text ends, if it has not before.
+    stream: `full` or `sparse`.
+    mesh: where the parameters are.
+    sampling: how ids are drawn; None is from the model's own distribution.
+    seed: of the draws.
+    num_ids: ids that may be drawn; None is the whole vocabulary.
+    stop_ids: ids that end a text; they are its last.
+    rows: prompts that are decoded at the same time.
+    length: tokens that a row has room for; None is what the longest prompt needs.
+    on_token: called with the number of a prompt and an id, as each is drawn.
+
+  Raises:
+    ConfigError: a number that makes no sense, or a prompt that does not fit in `length`.
+    DataError: a prompt that is empty or has ids that the model does not know.
+    UserError: the cache does not fit in the device's memory.
+  """
+  longest = _check(prompts, max_new_tokens, rows, length, transformer.shape.vocab_size)
+  if not prompts:
+    return []
+  rows = min(rows, len(prompts))
+  decoder = Decoder(
+    transformer,
+    params,
+    stream=stream,
+    mesh=mesh,
+    sampling=sampling or samplings.Sampling(),
+    num_ids=num_ids,
+    rows=rows,
+    length=length or longest + max_new_tokens,
+  )
+  texts, stop_ids = [[] for _ in prompts], frozenset(stop_ids)
+  waiting = iter(range(len(prompts)))
+  in_row: list[int | None] = [None] * rows
+  key = jax.random.key(seed)
+  keys = [jax.random.fold_in(key, number) for number in range(len(prompts))]
+
+  def take(row: int, token: int) -> None:
+    number = in_row[row]
+    texts[number].append(token)
+    if on_token is not None:
+      on_token(number, token)
+    if token in stop_ids or len(texts[number]) == max_new_tokens:
+      in_row[row] = None
+
+  while True:
+    for row in range(rows):
+      # A text may end with its first token.
+      while in_row[row] is None and (number := next(waiting, None)) is not None:
+        in_row[row] = number
+        take(row, decoder.begin(row, prompts[number], jax.random.fold_in(keys[number], 0)))
+    busy = [row for row in range(rows) if in_row[row] is not None]
+    if not busy:
+      return texts
+    last, row_keys = np.zeros(rows, np.int32), [key] * rows
+    for row in busy:
+      text = texts[in_row[row]]
+      last[row] = text[-1]
+      row_keys[row] = jax.random.fold_in(keys[in_row[row]], len(text))
+    for row, token in enumerate(decoder.step(last, jnp.stack(row_keys))):
+      if in_row[row] is not None:
+        take(row, int(token))
+
+
+class Decoder:
+  """A model, its cache, and the programs that fill and read it.
+
+  Prompts are padded to powers of two, so that few programs are compiled.
+  """
+
+  def __init__(
+    self,
+    transformer: model.Transformer,
+    params: dict,
+    *,
+    stream: method.Stream,
+    mesh: jax.sharding.Mesh,
+    sampling: samplings.Sampling,
+    num_ids: int | None,
+    rows: int,
+    length: int,
+  ):
+    """Makes an empty cache; see `generate` for arguments and errors."""
+    self._transformer = caches.for_decoding(transformer)
+    self._params, self._stream, self._mesh = params, stream, mesh
+    # What devices divide among themselves is whole rows for each.
+    self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = -(-rows // self._devices) * self._devices
+    self._rows = rows
+    self._room = caches.room(self._transformer, batch=batch, length=length)
+    self._draw = functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids)
+    spec = caches.spec(self._transformer, stream, self._room)
+    caches.check_size(spec, caches.free_bytes())
+    with sharding.use(mesh):
+      self._cache = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec))()
+    self._begin = jax.jit(self._begin_row, donate_argnums=1)
+    self._step = jax.jit(self._step_rows, donate_argnums=1)
+
+  def begin(self, row: int, prompt: Sequence[int], key: jax.Array) -> int:
+    """Forgets what a row holds and reads a prompt into it; the id drawn after it."""
+    padded = np.zeros((1, min(self._room.length, _power_of_two(len(prompt)))), np.int32)
+    padded[0, : len(prompt)] = prompt
+    with sharding.use(self._mesh):
+      token, self._cache = self._begin(
+        self._params, self._cache, row, padded, np.int32(len(prompt)), key
+      )
+      return int(token)
+
+  def step(self, ids_B: np.ndarray, keys_B: jax.Array) -> np.ndarray:
+    """Takes one id of every row; those drawn after it. Rows not in use are read like others."""
+    missing = self._room.batch - self._rows
+    ids_B = np.pad(ids_B, (0, missing))
+    keys_B = jnp.concatenate([keys_B, jnp.repeat(keys_B[-1:], missing, axis=0)])
+    with sharding.use(self._mesh):
+      tokens_B, self._cache = self._step(self._params, self._cache, ids_B, keys_B)
+      return jax.device_get(tokens_B)[: self._rows]
+
+  def _begin_row(self, params, cache: past.Cache, row, ids_1T, length, key):
+    ids_BT = jnp.repeat(ids_1T, self._devices, axis=0)
+    logits_BV, filled = caches.prefill(
+      self._transformer,
+      params,
+      ids_BT,
+      jnp.full(len(ids_BT), length),
+      stream=self._stream,
+      room=caches.room(self._transformer, batch=len(ids_BT), length=self._room.length),
+    )
+    (token,) = self._draw(logits_BV[:1], key[None])
+    return token, cache.with_row(row, filled)
+
+  def _step_rows(self, params, cache: past.Cache, ids_B, keys_B):
+    logits_BV, cache = caches.step(self._transformer, params, cache, ids_B, stream=self._stream)
+    return self._draw(logits_BV, keys_B), cache
+
+
+def _check(prompts, max_new_tokens: int, rows: int, length: int | None, vocab_size: int) -> int:
+  """Length of the longest prompt."""
+  if max_new_tokens < 1 or rows < 1:
+    raise errors.ConfigError(f"{max_new_tokens=} and {rows=} must be at least 1.")
+  for number, prompt in enumerate(prompts):
+    if not len(prompt):
+      raise errors.DataError(f"prompt {number} is empty; begin it with one id at least.")
+    wrong = [i for i in prompt if not 0 <= i < vocab_size]
+    if wrong:
+      raise errors.DataError(
+        f"prompt {number} has the id {wrong[0]}; the model knows 0 to {vocab_size - 1}. Encode "
+        "it with the model's own tokenizer."
+      )
+    if length is not None and len(prompt) + max_new_tokens > length:
+      raise errors.ConfigError(
+        f"prompt {number} has {len(prompt)} ids and {max_new_tokens=}, together more than the "
+        f"{length=} of a row; shorten either, or raise length."
+      )
+  return max(map(len, prompts), default=0)
+
+
+def _power_of_two(x: int) -> int:
+  return 1 << (x - 1).bit_length()

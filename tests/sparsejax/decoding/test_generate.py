@@ -1,0 +1,103 @@
+"""Texts that continue prompts, many at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax import errors, model, sharding
+from sparsejax.decoding import generate as generation
+from sparsejax.decoding import sampling as samplings
+from tests import small
+
+PROMPTS = [[5, 6, 7], [9] * 13, list(range(20, 28)), [1]]
+GREEDY = samplings.Sampling(temperature=0)
+
+
+@functools.cache
+def make():
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  transformer = small.make_model(attention__method="ssa")
+  params = jax.device_put(small.make_params(transformer, scale=4.0), sharding.replicated(mesh))
+  return transformer, params, mesh
+
+
+def generate(prompts=PROMPTS, **options):
+  transformer, params, mesh = make()
+  options = dict(max_new_tokens=6, stream="sparse", sampling=GREEDY, rows=2) | options
+  return generation.generate(transformer, params, prompts, mesh=mesh, **options)
+
+
+def test_greedy_texts_are_those_of_the_whole_row():
+  """More prompts than rows, so that rows are used again; one program for all prompts."""
+  transformer, params, _ = make()
+
+  @jax.jit
+  def following(ids, length):
+    positions = jnp.arange(len(ids))[None]
+    output = transformer.apply(
+      {"params": params}, ids[None], positions, jnp.ones_like(ids)[None], stream="sparse"
+    )
+    return model.logits(params, output.hidden_BTE)[0, length - 1].argmax()
+
+  texts = generate()
+  for prompt, text in zip(PROMPTS, texts, strict=True):
+    assert len(text) == 6
+    ids = np.zeros(32, np.int32)
+    ids[: len(prompt) + 6] = prompt + text
+    for n in range(6):
+      assert text[n] == following(ids, len(prompt) + n)
+
+
+def test_a_draw_depends_on_the_seed_and_the_prompt_alone():
+  free = samplings.Sampling()
+  texts = generate(sampling=free, seed=3)
+  assert generate(sampling=free, seed=3, rows=4) == texts
+  assert generate(sampling=free, seed=4) != texts
+
+
+def test_a_stop_id_is_the_last_of_its_text():
+  whole = generate()
+  stop = whole[0][2]
+  heard = []
+  texts = generate(stop_ids=[stop], on_token=lambda *drawn: heard.append(drawn))
+  for before, text in zip(whole, texts, strict=True):
+    end = before.index(stop) + 1 if stop in before else len(before)
+    assert text == before[:end]
+  for number, text in enumerate(texts):
+    assert [token for n, token in heard if n == number] == text
+
+
+def test_ids_beyond_the_tokenizer_are_not_drawn():
+  texts = generate(sampling=samplings.Sampling(temperature=50.0), num_ids=4)
+  assert {i for text in texts for i in text} <= set(range(4))
+
+
+def test_no_prompt_no_text():
+  assert generate([]) == []
+
+
+@pytest.mark.parametrize(
+  ("prompts", "options", "message"),
+  [
+    ([[1], []], {}, "prompt 1 is empty"),
+    ([[1, 999]], {}, "prompt 0 has the id 999; the model knows 0 to 319. Encode it with"),
+    ([[1, -1]], {}, "prompt 0 has the id -1; the model knows 0 to 319"),
+    ([[1] * 9], dict(length=14), "prompt 0 has 9 ids and max_new_tokens=6, together more than"),
+    ([[1]], dict(max_new_tokens=0), "max_new_tokens=0 and rows=2 must be at least 1"),
+    ([[1]], dict(rows=0), "max_new_tokens=6 and rows=0 must be at least 1"),
+  ],
+)
+def test_what_cannot_be_continued_is_refused(prompts, options, message):
+  with pytest.raises(errors.UserError, match=message):
+    generate(prompts, **options)
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_anything_runs(monkeypatch):
+  monkeypatch.setattr("sparsejax.decoding.cache.free_bytes", lambda: 100_000)
+  with pytest.raises(
+    errors.UserError, match=r"a cache of 8 rows takes 0\.\d\d GiB and the device has 0\.00 GiB"
+  ):
+    generate(length=512)
