@@ -54,6 +54,13 @@ MAY_IMPORT = {
   "sparsejax.command_line": ("sparsejax.errors", "sparsejax.configuration"),
   "sparsejax.training": SHARED,
   "sparsejax.evaluation": SHARED,
+  # A program, as train.py and eval.py are.
+  "sparsejax.generate": (
+    *SHARED,
+    "sparsejax.command_line",
+    "sparsejax.evaluation",
+    "configs",
+  ),
 }
 
 # Outside libraries that only some files may know.

@@ -112,7 +112,7 @@ def with_budget(transformer: model.Transformer, budget: int) -> model.Transforme
   """
   options = transformer.options
   num_blocks, size = budget // options.block_size, options.block_size
-  least = attention.sparse_method(options).least_blocks(options)
+  least = max(1, attention.sparse_method(options).least_blocks(options))
   if num_blocks < least:
     raise errors.ConfigError(
       f"a budget of {budget} keys is {num_blocks} blocks of {size}, fewer than the {least} "

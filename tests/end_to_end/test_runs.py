@@ -175,6 +175,21 @@ def test_the_table_of_perplexities(environment, uninterrupted, tmp_path):
   programs.assert_one_error(refused, "no GPU kernel can run full_attention.*--kernels=auto")
 
 
+def test_text_from_a_checkpoint(environment, uninterrupted, tmp_path):
+  workdir, _ = uninterrupted
+  command = [sys.executable, "-m", "sparsejax.generate", f"--workdir={workdir}"]
+  command += ["--prompt=abc", "--max_new_tokens=5", "--temperature=0"]
+  one = programs.call(command, environment)
+  assert one.returncode == 0, one.stderr[-4000:]
+  assert one.stdout.startswith("abc")
+  assert re.search(r"^\d tokens in [\d.]+ s, .*; step 16 of ", one.stderr, re.MULTILINE)
+  two = programs.call([*command, "--num_texts=2"], environment)
+  # Greedy texts are all the same.
+  assert two.stdout == f"--- text 0\n{one.stdout}--- text 1\n{one.stdout}"
+  refused = programs.call([*command, "--budget=4"], environment)
+  programs.assert_one_error(refused, "a budget of 4 keys is 0 blocks of 8.*take at least 8")
+
+
 def test_a_changed_config_is_refused_unless_allowed(environment, uninterrupted):
   """Naming the key, its two values and the way on; the finished run is left as it was."""
   workdir, _ = uninterrupted
