@@ -11,6 +11,12 @@ from pallas_kernels.dual_path_attention.api import (
   choose_dual_path_attention,
   dual_path_attention,
 )
+from pallas_kernels.fetch_pages.api import (
+  choose_fetch_pages,
+  choose_write_pages,
+  fetch_pages,
+  write_pages,
+)
 from pallas_kernels.full_attention.api import choose_full_attention, full_attention
 
 __all__ = [
@@ -21,9 +27,13 @@ __all__ = [
   "choose_block_selection",
   "choose_block_sparse_attention",
   "choose_dual_path_attention",
+  "choose_fetch_pages",
   "choose_full_attention",
+  "choose_write_pages",
   "dual_path_attention",
+  "fetch_pages",
   "full_attention",
   "nsa_windows",
   "select_blocks",
+  "write_pages",
 ]
