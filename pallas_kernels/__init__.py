@@ -13,6 +13,12 @@ from pallas_kernels.dual_path_attention.api import (
   choose_dual_path_attention,
   dual_path_attention,
 )
+from pallas_kernels.fetch_pages.api import (
+  choose_fetch_pages,
+  choose_write_pages,
+  fetch_pages,
+  write_pages,
+)
 from pallas_kernels.full_attention.api import choose_full_attention, full_attention
 
 __all__ = [
@@ -24,12 +30,16 @@ __all__ = [
   "choose_block_sparse_attention",
   "choose_decode_attention",
   "choose_dual_path_attention",
+  "choose_fetch_pages",
   "choose_full_attention",
+  "choose_write_pages",
   "decode_attention",
   "dual_path_attention",
+  "fetch_pages",
   "full_attention",
   "mean_windows",
   "nsa_windows",
   "select_blocks",
   "select_blocks_of_token",
+  "write_pages",
 ]
