@@ -30,6 +30,7 @@ __all__ = [
   "Options",
   "SsaOptions",
   "make_method",
+  "most_pages",
   "remembers",
   "sparse_method",
   "sparse_name",
@@ -80,6 +81,14 @@ def remembers(options: Options, stream: Stream, length: int) -> dict[str, Kind]:
   if options.method == "full" and (stream == "full" or options.is_always_full):
     return KEYS_AND_VALUES
   return sparse_method(options).remembers(options, stream, length)
+
+
+def most_pages(options: Options, stream: Stream, length: int) -> int:
+  """Pages that a token reads at most in a layer of these settings; see `remembers`."""
+  num_pages = -(-length // options.block_size)
+  if stream == "full" or options.is_always_full:
+    return num_pages
+  return min(num_pages, sparse_method(options).most_pages(options, length))
 
 
 def make_method(options: Options, kernel_init: nn.initializers.Initializer):

@@ -101,11 +101,11 @@ class BlockSparse(method.SparseMethod):
     scores = {} if score_B1K is None else dict(key_bias=score_B1K[:, 0])
     past = past.add(keys=k_B1KD[:, 0], values=v_B1KD[:, 0], **scores)
     q_BHD = q_B1HD[:, 0]
-    if stream == "full" or _lists_everything(self.options, past.length):
+    if stream == "full" or _lists_everything(self.options, past.room.length):
       pages_BKM = past.all_pages()
     else:
       pages_BKM = self._with_dense_rows(self._list(q_BHD, past), past)
-    out_BHD = past.read(q_BHD, pages_BKM, bias="bias" if scores else None)
+    out_BHD, past = past.read(q_BHD, pages_BKM)
     return method.Attended(out_BHD[:, None], jnp.float32(0), past)
 
   def _list(self, q_BHD, past: method.Past):
@@ -118,24 +118,24 @@ class BlockSparse(method.SparseMethod):
       q_BHD,
       past.of_layer("windows"),
       past.position_B,
-      num_keys=past.length,
+      num_keys=past.room.length,
       block_size=options.block_size,
-      num_blocks=options.num_listed(past.length),
-      **self.selection(options, past.length),
+      num_blocks=options.num_listed(past.room.length),
+      **self.selection(options, past.room.length),
       **more,
     )
 
   def _with_dense_rows(self, pages_BKM, past: method.Past):
     """Lists of which those of rows that are still short have every page."""
     dense = self.dense_length(self.options)
-    num_dense = min(-(-dense // self.options.block_size), past.num_pages)
+    num_dense = min(-(-dense // self.options.block_size), past.room.num_pages)
     if num_dense == 0:
       return pages_BKM
     b, k, m = pages_BKM.shape
     wide = max(m, num_dense)
     pages_BKM = jnp.pad(pages_BKM, [(0, 0), (0, 0), (0, wide - m)], constant_values=-1)
     every = jnp.broadcast_to(jnp.arange(wide), (b, k, wide))
-    every = jnp.where(every < past.num_pages, every, -1)
+    every = jnp.where(every < past.room.num_pages, every, -1)
     is_dense_B11 = (past.position_B + 1 < dense)[:, None, None]
     return jnp.where(is_dense_B11, every, pages_BKM)
 

@@ -25,7 +25,7 @@ class Full(nn.Module):
       return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream, past)
     if past is not None:
       past = past.add(keys=k_BTKD[:, 0], values=v_BTKD[:, 0])
-      out_BHD = past.read(q_BTHD[:, 0], past.all_pages())
+      out_BHD, past = past.read(q_BTHD[:, 0], past.all_pages())
       return method.Attended(out_BHD[:, None], jnp.float32(0), past)
     if self.sparse is not None:
       self.sparse.choose(q_BTHD, k_BTKD, v_BTKD, tokens)

@@ -318,6 +318,11 @@ class SparseMethod(nn.Module):
     del options, stream, length
     return pasts.KEYS_AND_VALUES
 
+  @classmethod
+  def most_pages(cls, options: Options, length: int) -> int:
+    """Blocks that a token reads at most, run sparse on rows of up to `length`."""
+    return max(options.num_listed(length), -(-cls.dense_length(options) // options.block_size))
+
   def choose(self, q_BTHD, k_BTKD, v_BTKD, tokens: Tokens) -> None:
     """Where the full stream runs: shows the lists that the sparse one would read, if asked.
 

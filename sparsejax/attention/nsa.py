@@ -86,6 +86,13 @@ class Nsa(method.SparseMethod):
         kinds[f"win_{short}"] = pasts.Last(f"{name}_win", size=nsa.window)
     return kinds
 
+  @classmethod
+  def most_pages(cls, options, length) -> int:
+    most, nsa = super().most_pages(options, length), options.nsa
+    if nsa.kv == "separate":
+      return most
+    return max(most, pasts.num_pages_of_window(nsa.window, options.block_size))
+
   def _branches_of_token(self, q_B1HD, keys_and_values, stream, past: method.Past):
     """The same for one token per row, and its past with it."""
     options, nsa = self.options, self.options.nsa
@@ -114,14 +121,14 @@ class Nsa(method.SparseMethod):
         q_BHD,
         keys_BWKD,
         past.position_B,
-        num_keys=past.length,
+        num_keys=past.room.length,
         block_size=options.block_size,
-        num_blocks=options.num_listed(past.length),
-        **self.selection(options, past.length),
+        num_blocks=options.num_listed(past.room.length),
+        **self.selection(options, past.room.length),
       )
-    selected_BHD = past.read(q_BHD, pages_BKM)
+    selected_BHD, past = past.read(q_BHD, pages_BKM)
     if nsa.kv == "shared":
-      window_BHD = past.read_window(q_BHD, nsa.window)
+      window_BHD, past = past.read_window(q_BHD, nsa.window)
     else:
       window_BHD = past.read_last(q_BHD, "win_k", "win_v")
     branches = compressed_BHD, selected_BHD, window_BHD

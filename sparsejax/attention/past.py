@@ -16,30 +16,8 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Room:
-  """How much there is room for.
-
-  Attributes:
-    batch: rows, B.
-    num_pages, page_size: N and X.
-    num_kv_heads, head_dim: K and D.
-    dtype: of keys and values.
-  """
-
-  batch: int
-  num_pages: int
-  page_size: int
-  num_kv_heads: int
-  head_dim: int
-  dtype: str
-
-  @property
-  def length(self) -> int:
-    """Tokens of a row."""
-    return self.num_pages * self.page_size
+from sparsejax.attention import pages
+from sparsejax.attention.pages import Room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +34,7 @@ class Kind:
   is_scalar: bool = False
 
   def spec(self, room: Room) -> jax.ShapeDtypeStruct:
-    """Shape and dtype for one layer."""
+    """Shape and dtype for one layer, of all but pages."""
     shape = self._shape(room)
     if self.is_scalar:
       return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -65,18 +43,15 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Pages(Kind):
-  """What every token has, [B, K, N, X, ...]: token t in page t // X."""
+  """What every token has, in pages: token t in page t // X. See `pages`."""
 
-  def _shape(self, room: Room) -> tuple[int, ...]:
-    return room.batch, room.num_kv_heads, room.num_pages, room.page_size
+  def part(self, room: Room) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a token's part."""
+    return ((), "float32") if self.is_scalar else ((room.head_dim,), room.dtype)
 
   def fill(self, x_LBTK, lengths_B, room: Room) -> jax.Array:
     del lengths_B
-    missing = room.length - x_LBTK.shape[2]
-    x_LBTK = jnp.pad(x_LBTK, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (x_LBTK.ndim - 3))
-    pages = room.num_pages, room.page_size
-    x_LBNXK = x_LBTK.reshape(*x_LBTK.shape[:2], *pages, *x_LBTK.shape[3:])
-    return jnp.moveaxis(x_LBNXK, 4, 2)
+    return pages.fill(x_LBTK, room)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,38 +106,39 @@ class Past:
   """What one layer remembers, among what all of its stack do.
 
   Attributes:
-    arrays: by name [L, B, ...].
+    arrays: by name; of pages see `pages.specs`, of the rest [L, B, ...].
     layer: whose turn it is.
     position_B: of the token at hand, in each row.
-    kinds: of the arrays.
+    step: of decoding, larger with every one.
+    kinds: what is remembered, by name.
+    room: of the cache.
+    token: what the token at hand has for pages, by name [B, K, ...], once it was added.
   """
 
   arrays: dict[str, jax.Array]
   layer: jax.Array
   position_B: jax.Array
+  step: jax.Array
   kinds: dict[str, Kind] = flax.struct.field(pytree_node=False)
-
-  @property
-  def num_pages(self) -> int:
-    """Pages that a row has room for."""
-    return self.arrays["k"].shape[3]
-
-  @property
-  def length(self) -> int:
-    """Tokens that a row has room for."""
-    return self.num_pages * self.arrays["k"].shape[4]
+  room: Room = flax.struct.field(pytree_node=False)
+  token: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
   def of_layer(self, name: str) -> jax.Array:
     """[B, ...]"""
     return jax.lax.dynamic_index_in_dim(self.arrays[name], self.layer, keepdims=False)
 
   def add(self, **token: jax.Array) -> "Past":
-    """With what the token has, [B, K, ...] by source, and the means that it completes."""
-    past = self
+    """With what the token has, [B, K, ...] by source, and the means that it completes.
+
+    Pages have it once they are read.
+    """
+    past = self.replace(
+      token={
+        name: token[kind.source] for name, kind in self.kinds.items() if isinstance(kind, Pages)
+      }
+    )
     for name, kind in self.kinds.items():
-      if isinstance(kind, Pages):
-        past = past._add_to_pages(name, token[kind.source])
-      elif isinstance(kind, Last):
+      if isinstance(kind, Last):
         past = past._push(name, token[kind.source])
     for name, kind in self.kinds.items():
       if isinstance(kind, Windows) and kind.last is not None:
@@ -182,13 +158,6 @@ class Past:
     array = array.at[self.layer, row, number].set(x_BK.astype(array.dtype), mode="drop")
     return self._with(name, array)
 
-  def _add_to_pages(self, name: str, x_BK: jax.Array) -> "Past":
-    array = self.arrays[name]
-    size, row = array.shape[4], jnp.arange(len(self.position_B))
-    page, place = self.position_B // size, self.position_B % size
-    array = array.at[self.layer, row, :, page, place].set(x_BK.astype(array.dtype))
-    return self._with(name, array)
-
   def _push(self, name: str, x_BK: jax.Array) -> "Past":
     last = jnp.concatenate([self.of_layer(name)[:, 1:], x_BK[:, None]], axis=1)
     array = jax.lax.dynamic_update_index_in_dim(
@@ -200,49 +169,34 @@ class Past:
     return self.replace(arrays=self.arrays | {name: array})
 
   def read(
-    self,
-    q_BHD: jax.Array,
-    pages_BKM: jax.Array,
-    *,
-    window: int | None = None,
-    bias: str | None = None,
-    implementation: str = "auto",
-  ) -> jax.Array:
+    self, q_BHD: jax.Array, pages_BKM: jax.Array, *, window: int | None = None
+  ) -> tuple[jax.Array, "Past"]:
     """Attention [B, H, D] to the tokens of some pages, up to the one at hand.
+
+    Biases of keys are added to the scores where they are remembered.
 
     Args:
       q_BHD: queries.
-      pages_BKM: numbers of pages, -1 for none.
+      pages_BKM: numbers of pages, that of the token at hand among them; -1 for none.
       window: tokens that are read at most, the one at hand included; None is all.
-      bias: name of what is added to the scores.
-      implementation: of `pallas_kernels.decode_attention`.
     """
-    k, v = self.arrays["k"], self.arrays["v"]
-    _, b, heads, n, x, d = k.shape
-    row_BK1 = (self.layer * b + jnp.arange(b))[:, None, None] * heads
-    row_BK1 = row_BK1 + jnp.arange(heads)[None, :, None]
-    place_BKM = jnp.where(pages_BKM < 0, -1, row_BK1 * n + pages_BKM)
-    # Tokens of the page before the one after that at hand.
-    end_BKM = self.position_B[:, None, None] + 1 - pages_BKM * x
-    begin_BKM = jnp.zeros_like(end_BKM) if window is None else end_BKM - window
-    out_BHD, _ = pallas_kernels.decode_attention(
+    out_BHD, arrays = pages.attend(
+      self.arrays,
+      pages.Place(self.room, self.layer, self.position_B, self.step),
+      self.token,
       q_BHD,
-      k.reshape(-1, x, d),
-      v.reshape(-1, x, d),
-      place_BKM,
-      begin_BKM=jnp.clip(begin_BKM, 0, x),
-      end_BKM=jnp.clip(end_BKM, 0, x),
-      key_bias_PX=None if bias is None else self.arrays[bias].reshape(-1, x),
-      implementation=implementation,
+      pages_BKM,
+      window=window,
+      has_bias="bias" in self.kinds,
     )
-    return out_BHD
+    # A second list in the same step was wanted later.
+    return out_BHD, self.replace(arrays=arrays, step=self.step + 1)
 
-  def read_window(self, q_BHD: jax.Array, window: int) -> jax.Array:
+  def read_window(self, q_BHD: jax.Array, window: int) -> tuple[jax.Array, "Past"]:
     """Attention [B, H, D] to the last tokens, the one at hand among them."""
-    size, heads = self.arrays["k"].shape[4], self.arrays["k"].shape[2]
+    size, heads = self.room.page_size, self.room.num_kv_heads
     own_B1 = (self.position_B // size)[:, None]
-    # The window may begin at any token of its first page.
-    pages_BM = own_B1 - jnp.arange(-(-(window - 1) // size) + 1)[None]
+    pages_BM = own_B1 - jnp.arange(num_pages_of_window(window, size))[None]
     pages_BKM = jnp.repeat(pages_BM[:, None], heads, axis=1)
     return self.read(q_BHD, pages_BKM, window=window)
 
@@ -258,8 +212,14 @@ class Past:
 
   def all_pages(self) -> jax.Array:
     """The numbers of all pages, [B, K, N]."""
-    _, b, k, n = self.arrays["k"].shape[:4]
-    return jnp.broadcast_to(jnp.arange(n), (b, k, n))
+    room = self.room
+    shape = room.batch, room.num_kv_heads, room.num_pages
+    return jnp.broadcast_to(jnp.arange(room.num_pages), shape)
+
+
+def num_pages_of_window(window: int, page_size: int) -> int:
+  """Pages in which the last `window` tokens may lie: they begin anywhere in the first."""
+  return -(-(window - 1) // page_size) + 1
 
 
 @flax.struct.dataclass
@@ -268,33 +228,50 @@ class Cache:
 
   Attributes:
     lengths_B: tokens of each row.
-    arrays: for each place in the pattern of layers, by name [L, B, ...].
+    step: how many steps have been taken.
+    arrays: for each place in the pattern of layers, by name.
     kinds: of the arrays.
+    room: for how much there is room.
   """
 
   lengths_B: jax.Array
+  step: jax.Array
   arrays: tuple[dict[str, jax.Array], ...]
   kinds: tuple[dict[str, Kind], ...] = flax.struct.field(pytree_node=False)
+  room: Room = flax.struct.field(pytree_node=False)
 
   def pasts(self) -> tuple[Past, ...]:
     """For each place, what its layers know of the past but for the arrays."""
-    return tuple(Past({}, jnp.int32(0), self.lengths_B, kinds) for kinds in self.kinds)
+    return tuple(
+      # No layer reads more than two lists in a step.
+      Past({}, jnp.int32(0), self.lengths_B, 2 * self.step, kinds, self.room)
+      for kinds in self.kinds
+    )
 
   def after(self, arrays: tuple[dict[str, jax.Array], ...]) -> "Cache":
     """The cache with one token more in every row."""
-    return self.replace(lengths_B=self.lengths_B + 1, arrays=arrays)
+    return self.replace(lengths_B=self.lengths_B + 1, step=self.step + 1, arrays=arrays)
 
-  def with_row(self, row: jax.Array, other: "Cache") -> "Cache":
-    """The cache with the first row of another, of as much room, in place of one of its own."""
+  def with_row(self, row: jax.Array, other: "Cache", num_layers: int) -> "Cache":
+    """The cache with the first row of another in place of one of its own.
 
-    def put(ours, theirs, axis):
-      theirs = jax.lax.slice_in_dim(theirs, 0, 1, axis=axis)
-      return jax.lax.dynamic_update_slice_in_dim(ours, theirs, row, axis)
-
-    return self.replace(
-      lengths_B=put(self.lengths_B, other.lengths_B, 0),
-      arrays=jax.tree.map(lambda a, b: put(a, b, 1), self.arrays, other.arrays),
-    )
+    Args:
+      row: number of the row.
+      other: a cache with as many pages in a row, all of them on the device.
+      num_layers: of each stack.
+    """
+    arrays = []
+    for ours, theirs, kinds in zip(self.arrays, other.arrays, self.kinds, strict=True):
+      names = [name for name, kind in kinds.items() if isinstance(kind, Pages)]
+      first = {name: theirs[name] for name in names}
+      placed = pages.put_row(ours, first, other.room.batch, self.room, num_layers, row)
+      for name in kinds.keys() - set(names):
+        placed[name] = jax.lax.dynamic_update_slice_in_dim(
+          ours[name], theirs[name][:, :1], row, 1
+        )
+      arrays.append(placed)
+    lengths_B = jax.lax.dynamic_update_slice(self.lengths_B, other.lengths_B[:1], (row,))
+    return self.replace(lengths_B=lengths_B, arrays=tuple(arrays))
 
 
 def find(shown: Mapping, name: str) -> jax.Array | None:

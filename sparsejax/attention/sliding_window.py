@@ -8,10 +8,16 @@ from flax import linen as nn
 import jax.numpy as jnp
 
 from sparsejax.attention import full, method
+from sparsejax.attention import past as pasts
 
 
 class SlidingWindow(method.SparseMethod):
   """The last `options.window` keys of the query's document; run full, every earlier key."""
+
+  @classmethod
+  def most_pages(cls, options, length) -> int:
+    del length
+    return pasts.num_pages_of_window(options.window, options.block_size)
 
   @nn.compact
   def __call__(
@@ -21,9 +27,9 @@ class SlidingWindow(method.SparseMethod):
     if past is not None:
       past = past.add(keys=k_BTKD[:, 0], values=v_BTKD[:, 0])
       if stream == "full":
-        out_BHD = past.read(q_BTHD[:, 0], past.all_pages())
+        out_BHD, past = past.read(q_BTHD[:, 0], past.all_pages())
       else:
-        out_BHD = past.read_window(q_BTHD[:, 0], options.window)
+        out_BHD, past = past.read_window(q_BTHD[:, 0], options.window)
       return method.Attended(out_BHD[:, None], jnp.float32(0), past)
     if stream == "full":
       out_BTHD = full.full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, options)

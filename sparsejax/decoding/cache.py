@@ -6,13 +6,19 @@ Letters: B rows, T tokens, E width, V vocabulary, L layers of a stack.
 from collections.abc import Mapping
 import dataclasses
 import math
+import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax import attention, errors, model
-from sparsejax.attention import method, past
+from sparsejax.attention import method, pages, past
 from sparsejax.attention.past import Cache
+
+# Read by the GPU's runtime when it starts: GiB of pinned memory, and what it takes without.
+HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+_USUAL_HOST_LIMIT = 64
 
 
 def for_decoding(transformer: model.Transformer) -> model.Transformer:
@@ -24,59 +30,123 @@ def for_decoding(transformer: model.Transformer) -> model.Transformer:
   )
 
 
-def room(transformer: model.Transformer, *, batch: int, length: int) -> past.Room:
-  """Room for so many tokens in each row, in pages of a block each."""
+def room(
+  transformer: model.Transformer, *, batch: int, length: int, num_slots: int | None = None
+) -> pages.Room:
+  """Room for so many tokens in each row, in pages of a block each; see `pages.Room`."""
   shape, size = transformer.shape, transformer.options.block_size
-  return past.Room(
+  return pages.Room(
     batch=batch,
     num_pages=-(-length // size),
     page_size=size,
     num_kv_heads=shape.num_key_value_heads,
     head_dim=shape.head_dim,
     dtype=shape.dtype,
+    num_slots=num_slots,
   )
 
 
-def spec(transformer: model.Transformer, stream: method.Stream, room: past.Room) -> Cache:
+def spec(transformer: model.Transformer, stream: method.Stream, room: pages.Room) -> Cache:
   """Shapes and dtypes of a cache, in place of arrays."""
-  options = transformer.options
+  options, stacked = transformer.options, num_stacked(transformer)
   period = len(options.pattern)
-  stacked = transformer.shape.num_hidden_layers // period
   kinds = tuple(
     attention.remembers(options.of_layer(place), stream, room.length) for place in range(period)
   )
 
-  def of_stack(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((stacked, *x.shape), x.dtype)
+  lengths_B = jax.ShapeDtypeStruct((room.batch,), jnp.int32)
+  arrays = tuple(_spec_of_stack(own, room, stacked) for own in kinds)
+  return Cache(lengths_B, jax.ShapeDtypeStruct((), jnp.int32), arrays, kinds, room)
 
-  arrays = tuple(
-    {name: of_stack(kind.spec(room)) for name, kind in own.items()} for own in kinds
+
+def _spec_of_stack(kinds: dict[str, past.Kind], room: pages.Room, num_layers: int) -> dict:
+  parts = {name: x.part(room) for name, x in kinds.items() if isinstance(x, past.Pages)}
+  found = pages.specs(parts, room, num_layers)
+  for name, kind in kinds.items():
+    if name not in parts:
+      spec = kind.spec(room)
+      found[name] = jax.ShapeDtypeStruct((num_layers, *spec.shape), spec.dtype)
+  return found
+
+
+def num_stacked(transformer: model.Transformer) -> int:
+  """Layers of each stack: of each place in the pattern of layers."""
+  return transformer.shape.num_hidden_layers // len(transformer.options.pattern)
+
+
+def num_bytes(spec: Cache, *, is_host: bool = False) -> int:
+  """Bytes of a cache on the device, or of its pages in the host's memory."""
+  return sum(
+    math.prod(x.shape) * x.dtype.itemsize
+    for x in jax.tree.leaves(spec)
+    if is_host == (x.sharding is not None)
   )
-  return Cache(jax.ShapeDtypeStruct((room.batch,), jnp.int32), arrays, kinds)
 
 
-def num_bytes(spec: Cache) -> int:
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(spec))
+def make(spec: Cache) -> Cache:
+  """An empty cache; outside of `jax.jit`."""
+
+  def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    if x.sharding is None:
+      return jnp.zeros(x.shape, x.dtype)
+    return jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+
+  cache = jax.tree.map(zeros, spec)
+  return cache.replace(arrays=tuple(pages.without_slots(own) for own in cache.arrays))
 
 
-def check_size(spec: Cache, limit: int | None) -> None:
-  """Checks that a cache fits beside what a device already holds.
+def check_slots(
+  transformer: model.Transformer,
+  stream: method.Stream,
+  room: pages.Room,
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Checks that slots hold what a token reads, where pages lie in the host's memory.
+
+  Raises:
+    ConfigError: they are too few, or there are several devices.
+  """
+  if room.num_slots is None:
+    return
+  options = transformer.options
+  layers = [options.of_layer(place) for place in range(len(options.pattern))]
+  most = max(attention.most_pages(own, stream, room.length) for own in layers)
+  if room.num_slots < most:
+    raise errors.ConfigError(
+      f"num_slots={room.num_slots} is less than the {most} pages of {room.page_size} tokens "
+      f"that a token reads; take at least {most}, or keep all pages on the device."
+    )
+  if mesh.size > 1:
+    raise errors.ConfigError(
+      f"num_slots={room.num_slots} puts pages in the host's memory, which takes one device and "
+      f"not {mesh.size}; hide the others with CUDA_VISIBLE_DEVICES."
+    )
+
+
+def check_size(spec: Cache, limit: int | None, host_limit: int | None) -> None:
+  """Checks that a cache fits beside what a device already holds, and on the host.
 
   Args:
     spec: shapes of the cache.
-    limit: free bytes; None where that is not known.
+    limit: free bytes of the device; None where that is not known.
+    host_limit: likewise of pinned memory of the host.
 
   Raises:
     UserError: it does not.
   """
-  needed = num_bytes(spec)
-  if limit is not None and needed > limit:
-    rows = spec.lengths_B.shape[0]
-    raise errors.UserError(
-      f"a cache of {rows} rows takes {needed / 2**30:.2f} GiB and the device has "
-      f"{limit / 2**30:.2f} GiB free; decode {max(1, rows * limit // needed)} rows at a time, "
-      "or shorter ones."
-    )
+  rows = spec.lengths_B.shape[0]
+
+  def check(needed: int, limit: int | None, where: str, more: str) -> None:
+    if limit is not None and needed > limit:
+      fit = max(1, rows * limit // needed)
+      raise errors.UserError(
+        f"a cache of {rows} rows takes {needed / 2**30:.2f} GiB and {where} has "
+        f"{limit / 2**30:.2f} GiB free; decode {fit} rows at a time, or shorter ones{more}."
+      )
+
+  check(num_bytes(spec), limit, "the device", "")
+  more = f", or raise {HOST_LIMIT} before the program starts"
+  check(num_bytes(spec, is_host=True), host_limit, "pinned memory of the host", more)
 
 
 def free_bytes() -> int | None:
@@ -87,6 +157,13 @@ def free_bytes() -> int | None:
   return stats["bytes_limit"] - stats["bytes_in_use"]
 
 
+def host_limit() -> int | None:
+  """Bytes of pinned memory that the GPU's runtime hands out; None where there is no GPU."""
+  if jax.devices()[0].platform != "gpu":
+    return None
+  return int(os.environ.get(HOST_LIMIT, _USUAL_HOST_LIMIT)) * 2**30
+
+
 def prefill(
   transformer: model.Transformer,
   params: dict,
@@ -94,7 +171,7 @@ def prefill(
   lengths_B: jax.Array,
   *,
   stream: method.Stream,
-  room: past.Room,
+  room: pages.Room,
 ) -> tuple[jax.Array, Cache]:
   """Runs prompts through the model as training does, and remembers them.
 
@@ -109,7 +186,8 @@ def prefill(
     room: for at least T tokens a row.
 
   Returns:
-    Logits of the next token of each row [B, V], float32, and the cache.
+    Logits of the next token of each row [B, V], float32, and the cache, all of it on the
+    device.
   """
   positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
   output, shown = transformer.apply(
@@ -120,6 +198,7 @@ def prefill(
     stream=stream,
     mutable=["past"],
   )
+  room = dataclasses.replace(room, num_slots=None)
   kinds = spec(transformer, stream, room).kinds
   layers = shown["past"]["layers"]
   arrays = tuple(
@@ -127,10 +206,11 @@ def prefill(
     for place, own in enumerate(kinds)
   )
   last_B1E = jnp.take_along_axis(output.hidden_BTE, (lengths_B - 1)[:, None, None], axis=1)
-  return model.logits(params, last_B1E)[:, 0], Cache(lengths_B, arrays, kinds)
+  cache = Cache(lengths_B, jnp.int32(0), arrays, kinds, room)
+  return model.logits(params, last_B1E)[:, 0], cache
 
 
-def _filled(kinds: dict[str, past.Kind], shown: Mapping, lengths_B, room: past.Room):
+def _filled(kinds: dict[str, past.Kind], shown: Mapping, lengths_B, room: pages.Room):
   return {
     name: kind.fill(past.find(shown, kind.source), lengths_B, room)
     for name, kind in kinds.items()

@@ -4,6 +4,7 @@ Letters: B rows, T tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+import dataclasses
 import functools
 
 import jax
@@ -30,6 +31,7 @@ def generate(
   stop_ids: Iterable[int] = (),
   rows: int = 8,
   length: int | None = None,
+  num_slots: int | None = None,
   on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
   """Returns the ids that follow each prompt.
@@ -48,12 +50,14 @@ def generate(
     stop_ids: ids that end a text; they are its last.
     rows: prompts that are decoded at the same time.
     length: tokens that a row has room for; None is what the longest prompt needs.
+    num_slots: pages per row and key head that are kept on the device, where all pages lie in
+      the host's memory (see `attention.pages`); None keeps all of them on the device.
     on_token: called with the number of a prompt and an id, as each is drawn.
 
   Raises:
     ConfigError: a number that makes no sense, or a prompt that does not fit in `length`.
     DataError: a prompt that is empty or has ids that the model does not know.
-    UserError: the cache does not fit in the device's memory.
+    UserError: the cache does not fit in the memory of the device, or of the host.
   """
   longest = _check(prompts, max_new_tokens, rows, length, transformer.shape.vocab_size)
   if not prompts:
@@ -68,6 +72,7 @@ def generate(
     num_ids=num_ids,
     rows=rows,
     length=length or longest + max_new_tokens,
+    num_slots=num_slots,
   )
   texts, stop_ids = [[] for _ in prompts], frozenset(stop_ids)
   waiting = iter(range(len(prompts)))
@@ -119,6 +124,7 @@ class Decoder:
     num_ids: int | None,
     rows: int,
     length: int,
+    num_slots: int | None = None,
   ):
     """Makes an empty cache; see `generate` for arguments and errors."""
     self._transformer = caches.for_decoding(transformer)
@@ -127,12 +133,13 @@ class Decoder:
     self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = -(-rows // self._devices) * self._devices
     self._rows = rows
-    self._room = caches.room(self._transformer, batch=batch, length=length)
+    self._room = caches.room(self._transformer, batch=batch, length=length, num_slots=num_slots)
     self._draw = functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids)
     spec = caches.spec(self._transformer, stream, self._room)
-    caches.check_size(spec, caches.free_bytes())
+    caches.check_slots(self._transformer, stream, self._room, mesh)
+    caches.check_size(spec, caches.free_bytes(), caches.host_limit())
     with sharding.use(mesh):
-      self._cache = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec))()
+      self._cache = caches.make(spec)
     self._begin = jax.jit(self._begin_row, donate_argnums=1)
     self._step = jax.jit(self._step_rows, donate_argnums=1)
 
@@ -163,10 +170,10 @@ class Decoder:
       ids_BT,
       jnp.full(len(ids_BT), length),
       stream=self._stream,
-      room=caches.room(self._transformer, batch=len(ids_BT), length=self._room.length),
+      room=dataclasses.replace(self._room, batch=len(ids_BT)),
     )
     (token,) = self._draw(logits_BV[:1], key[None])
-    return token, cache.with_row(row, filled)
+    return token, cache.with_row(row, filled, caches.num_stacked(self._transformer))
 
   def _step_rows(self, params, cache: past.Cache, ids_B, keys_B):
     logits_BV, cache = caches.step(self._transformer, params, cache, ids_B, stream=self._stream)

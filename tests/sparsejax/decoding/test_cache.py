@@ -1,5 +1,6 @@
 """Token by token, a model with a cache computes what it computes with the whole row at once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsejax import attention
+from sparsejax.attention import pages, past
 from sparsejax.decoding import cache as caches
 from tests import small
 
@@ -20,8 +23,7 @@ METHODS = {
   "half_local": dict(
     attention__method="moba", attention__selection="half_local", attention__num_blocks=4
   ),
-  "infllmv2": dict(attention__method="infllmv2"),
-  "infllmv2_coarse": dict(
+  "infllmv2": dict(
     attention__method="infllmv2",
     infllmv2__normalizer="coarse",
     infllmv2__first_window="released",
@@ -32,7 +34,6 @@ METHODS = {
   "nsa": dict(attention__method="nsa"),
   "nsa_shared": dict(attention__method="nsa", nsa__kv="shared", nsa__compression="mean"),
   "sliding_window": dict(attention__method="sliding_window"),
-  "ssa": dict(attention__method="ssa"),
   "ssa_nosa": dict(
     attention__method="ssa", attention__sparse_method="nosa", nosa__num_query_aware=1
   ),
@@ -96,3 +97,55 @@ def test_token_by_token_is_all_at_once(name, stream):
       )
     logits, cache = step(params, cache, ids[jnp.arange(len(at)), at])
   np.testing.assert_array_equal(cache.lengths_B, PROMPTS + LENGTH - longest)
+
+
+@pytest.mark.parametrize("name", ["nosa", "nsa_shared", "in_turn"])
+def test_pages_on_the_host_give_the_same_bits(name):
+  """With no more slots than a token reads; the last pages of prompts are full and not."""
+  transformer, params = model_of(name)
+  ids, num_rows = tokens(), len(PROMPTS)
+  options = transformer.options
+  if name == "in_turn":
+    # Full layers read everything, and leave nothing to fetch.
+    transformer = transformer.clone(
+      options=dataclasses.replace(options, layer_methods=("sliding_window", "moba"))
+    )
+  pattern = transformer.options.pattern
+  layers = [transformer.options.of_layer(place) for place in range(len(pattern))]
+  num_slots = max(attention.most_pages(own, "sparse", LENGTH) for own in layers)
+  assert num_slots < -(-LENGTH // SIZE)
+  room = caches.room(transformer, batch=num_rows, length=LENGTH, num_slots=num_slots)
+  one = dataclasses.replace(room, batch=1)
+  longest = int(PROMPTS.max())
+  run = jax.jit(functools.partial(caches.prefill, transformer, stream="sparse", room=one))
+
+  def begin(room):
+    cache = caches.make(caches.spec(transformer, "sparse", room))
+    for row, length in enumerate(PROMPTS):
+      _, filled = run(params, ids[row : row + 1, :longest], jnp.array([length]))
+      put = functools.partial(past.Cache.with_row, num_layers=caches.num_stacked(transformer))
+      cache = jax.jit(put)(cache, row, filled)
+    return cache
+
+  step = functools.partial(caches.step, transformer, stream="sparse")
+  found = []
+  for own_room in (room, dataclasses.replace(room, num_slots=None)):
+    cache, logits = begin(own_room), []
+    take = jax.jit(step, donate_argnums=1)
+    for taken in range(LENGTH - longest):
+      at = PROMPTS + taken
+      step_logits, cache = take(params, cache, ids[jnp.arange(num_rows), at])
+      logits.append(step_logits)
+    found.append((np.stack(logits), cache))
+  (ours, offloaded), (expected, resident) = found
+  np.testing.assert_array_equal(ours, expected)
+  for place, arrays in enumerate(offloaded.arrays):
+    assert arrays["k"].sharding.memory_kind == pages.HOST
+    # Pages that are full have come back to the host; the last ones are in slots alone.
+    k = np.asarray(arrays["k"]).reshape(-1, num_rows, 2, room.num_pages, SIZE, 8)
+    wanted = np.asarray(resident.arrays[place]["k"]).reshape(k.shape)
+    for row, length in enumerate(PROMPTS + LENGTH - longest):
+      whole = length // SIZE
+      np.testing.assert_array_equal(k[:, row, :, :whole], wanted[:, row, :, :whole])
+    assert (arrays["slots/misses"] > 0).all()
+    assert (arrays["slots/hits"] > arrays["slots/misses"]).all()

@@ -1,5 +1,6 @@
 """Texts that continue prompts, many at a time."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from sparsejax import errors, model, sharding
+from sparsejax.decoding import cache as caches
 from sparsejax.decoding import generate as generation
 from sparsejax.decoding import sampling as samplings
 from tests import small
@@ -24,8 +26,12 @@ def make():
   return transformer, params, mesh
 
 
-def generate(prompts=PROMPTS, **options):
-  transformer, params, mesh = make()
+def generate(prompts=PROMPTS, mesh=None, **options):
+  transformer, params, all_devices = make()
+  if mesh is None:
+    mesh = all_devices
+  else:
+    params = jax.device_put(params, sharding.replicated(mesh))
   options = dict(max_new_tokens=6, stream="sparse", sampling=GREEDY, rows=2) | options
   return generation.generate(transformer, params, prompts, mesh=mesh, **options)
 
@@ -75,6 +81,17 @@ def test_ids_beyond_the_tokenizer_are_not_drawn():
   assert {i for text in texts for i in text} <= set(range(4))
 
 
+def one_device():
+  types = (jax.sharding.AxisType.Auto,) * 3
+  return jax.make_mesh((1, 1, 1), sharding.AXES, types, devices=jax.devices()[:1])
+
+
+def test_pages_on_the_host_change_no_text():
+  """Rows are used again, so that slots and pages of the texts before must not be read."""
+  texts = generate(mesh=one_device(), max_new_tokens=12)
+  assert generate(mesh=one_device(), max_new_tokens=12, num_slots=3) == texts
+
+
 def test_no_prompt_no_text():
   assert generate([]) == []
 
@@ -88,6 +105,9 @@ def test_no_prompt_no_text():
     ([[1] * 9], dict(length=14), "prompt 0 has 9 ids and max_new_tokens=6, together more than"),
     ([[1]], dict(max_new_tokens=0), "max_new_tokens=0 and rows=2 must be at least 1"),
     ([[1]], dict(rows=0), "max_new_tokens=6 and rows=0 must be at least 1"),
+    ([[1] * 40], dict(num_slots=2), "num_slots=2 is less than the 3 pages of 8 tokens that a"),
+    ([[1]], dict(num_slots=9), "num_slots=9 puts pages in the host's memory, which takes one"),
+    ([[1] * 40], dict(num_slots=5, stream="full"), "num_slots=5 is less than the 6 pages"),
   ],
 )
 def test_what_cannot_be_continued_is_refused(prompts, options, message):
@@ -101,3 +121,25 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_runs(monkeypatch):
     errors.UserError, match=r"a cache of 8 rows takes 0\.\d\d GiB and the device has 0\.00 GiB"
   ):
     generate(length=512)
+
+
+@pytest.mark.parametrize("setting", [None, "1"])
+def test_pages_that_the_host_has_no_room_for_are_refused(setting, monkeypatch):
+  """By the limit of the GPU's runtime on pinned memory, and what raises it is named."""
+  gpu = [dataclasses.make_dataclass("Gpu", [("platform", str)])("gpu")]
+  monkeypatch.setattr(jax, "devices", lambda: gpu)
+  name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+  monkeypatch.delenv(name, raising=False)
+  if setting is not None:
+    monkeypatch.setenv(name, setting)
+  limit = caches.host_limit()
+  assert limit == (64 if setting is None else 1) * 2**30
+  monkeypatch.undo()
+  transformer, *_ = make()
+  # 2 layers, 2 heads, keys and values of 8 float32: 256 bytes a token.
+  room = caches.room(transformer, batch=3, length=limit // 256 // 2, num_slots=3)
+  spec = caches.spec(transformer, "sparse", room)
+  message = "a cache of 3 rows takes .* GiB and pinned memory of the host has .*; decode 2"
+  with pytest.raises(errors.UserError, match=f"{message} rows.*, or raise {name} before"):
+    caches.check_size(spec, None, limit)
+  caches.check_size(spec, None, 2 * limit)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.decoding import plan as plans
+from sparsejax.attention import slots as plans
 
 STEPS = 200
 plan = jax.jit(plans.plan)
