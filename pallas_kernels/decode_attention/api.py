@@ -10,14 +10,15 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import dispatch
+from pallas_kernels import devices, dispatch
+from pallas_kernels.decode_attention import mosaic_gpu, reference, xla
 from pallas_kernels.decode_attention import problem as problems
-from pallas_kernels.decode_attention import reference, xla
 from pallas_kernels.dispatch import Shaped
 
-type DecodeImplementation = Literal["auto", "strict", "xla", "reference"]
+type DecodeImplementation = Literal["auto", "strict", "mosaic_gpu", "xla", "reference"]
 
-# What `auto` tries, in this order.
+# What `auto` tries, in this order. `mosaic_gpu` has not run on a GPU yet: it goes first when
+# the tests marked `gpu` have passed on one and its time is known.
 AUTOMATIC = ("xla",)
 
 DTYPES = (jnp.bfloat16, jnp.float32)
@@ -61,7 +62,9 @@ def decode_attention(
       arXiv:2510.13602); None is 0.
     scale: factor on the scores; None is D ** -0.5.
     implementation: `xla`, also what None and `auto` mean, gathers pages and runs anywhere;
-      `reference` is the definition; `strict` is a GPU kernel or an error.
+      `mosaic_gpu` runs on Hopper GPUs, by name or with `strict`, for the dtypes and sizes in
+      its file; `reference` is the definition. Arrays that are divided over a mesh of several
+      devices reach the kernel in `jax.shard_map` alone.
 
   Raises:
     ValueError: shapes or dtypes that do not fit together, or an implementation that cannot
@@ -96,11 +99,20 @@ def choose_decode_attention(
 
 def _choose(problem, implementation) -> dispatch.Choice:
   _check(problem)
-  candidates = {"xla": dispatch.runs_anywhere, "reference": dispatch.runs_anywhere}
+  candidates = {
+    "mosaic_gpu": lambda: (
+      devices.why_not_hopper()
+      or devices.why_not_divided(problem)
+      or mosaic_gpu.why_not(problem)
+    ),
+    "xla": dispatch.runs_anywhere,
+    "reference": dispatch.runs_anywhere,
+  }
   return dispatch.choose("decode_attention", implementation, candidates, automatic=AUTOMATIC)
 
 
 _IMPLEMENTATIONS = {
+  "mosaic_gpu": mosaic_gpu.decode_attention,
   "xla": xla.decode_attention,
   "reference": reference.decode_attention,
 }

@@ -1,15 +1,28 @@
-"""Attention of one query per row to pages: its definition, XLA's path, and its choice."""
+"""Attention of one query per row to pages: definition, XLA's path, Hopper kernel, choice.
+
+Where there is no GPU, the kernel runs in Pallas' interpreter, each warp a thread, and every
+shape that is promised is lowered for CUDA; see `test_mosaic_gpu`.
+"""
 
 import functools
 import inspect
 
 import jax
+from jax import export
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import choose_decode_attention, decode_attention
-from pallas_kernels.decode_attention import xla
+from pallas_kernels import choose_decode_attention, decode_attention, devices
+from pallas_kernels.decode_attention import (
+  mosaic_gpu,
+  mosaic_gpu_list,
+  mosaic_gpu_shape,
+  xla,
+)
+from pallas_kernels.decode_attention.problem import Problem
 from tests.pallas_kernels import problems
 
 
@@ -107,6 +120,26 @@ def test_it_is_its_definition(name, implementation):
   np.testing.assert_allclose(actual[1], lse, atol=2e-6)
 
 
+def poisoned(arguments):
+  """With NaN wherever no row reads."""
+  (p, x, _), (b, k, _) = arguments["k_PXD"].shape, arguments["pages_BKM"].shape
+  is_read = np.zeros((p, x), bool)
+  for row in range(b):
+    for head in range(k):
+      for place in keys_read(arguments, row, head):
+        is_read[place] = True
+  return poisoned_but(arguments, is_read)
+
+
+def poisoned_but(arguments, is_read):
+  poison = {
+    name: jnp.where(is_read[..., None], arguments[name], jnp.nan) for name in ("k_PXD", "v_PXD")
+  }
+  if arguments["key_bias_PX"] is not None:
+    poison["key_bias_PX"] = jnp.where(is_read, arguments["key_bias_PX"], jnp.nan)
+  return arguments | poison
+
+
 def plain(arguments):
   """What one would write without thinking, every product rounded to the input's dtype."""
   q, k, v = (arguments[n] for n in ("q_BHD", "k_PXD", "v_PXD"))
@@ -185,14 +218,9 @@ def test_what_is_not_read_may_be_anything(implementation):
     for head in range(2):
       is_read = np.zeros((9, 8), bool)
       is_read[tuple(np.array(keys_read(arguments, row, head)).T)] = True
-      poison = {
-        "k_PXD": jnp.where(is_read[..., None], arguments["k_PXD"], jnp.nan),
-        "v_PXD": jnp.where(is_read[..., None], arguments["v_PXD"], jnp.nan),
-        "key_bias_PX": jnp.where(is_read, arguments["key_bias_PX"], jnp.nan),
-      }
       own = row, slice(3 * head, 3 * head + 3)
-      poisoned = attend(arguments | poison, implementation)
-      for a, w in zip(poisoned, clean, strict=True):
+      actual = attend(poisoned_but(arguments, is_read), implementation)
+      for a, w in zip(actual, clean, strict=True):
         np.testing.assert_array_equal(a[own], w[own])
 
 
@@ -231,12 +259,36 @@ def test_the_scale_is_a_factor_on_the_scores():
       np.testing.assert_allclose(a, w, atol=2e-6)
 
 
-def test_the_choice_says_what_runs_and_why():
+def test_the_choice_says_what_runs_and_why(monkeypatch):
   arguments = shapes(2, 2, 3, 64, 9, 16, 7)
-  assert choose_decode_attention(**arguments).backend == "xla"
-  assert choose_decode_attention(**arguments, implementation="reference").reason == "asked for"
+  choose = functools.partial(choose_decode_attention, **arguments)
+  assert choose(implementation="reference").reason == "asked for"
   with pytest.raises(KeyError, match="no implementation 'flash' of decode_attention"):
     inspect.unwrap(choose_decode_attention)(**arguments, implementation="flash")
+  if jax.devices()[0].platform == "cpu":
+    assert choose().reason == "mosaic_gpu needs a Hopper GPU, this is cpu"
+    with pytest.raises(ValueError, match="'strict' cannot run: mosaic_gpu needs a Hopper GPU"):
+      choose(implementation="strict")
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  assert choose()[1:] == ("xla", "mosaic_gpu runs by name or with strict")
+  assert choose(implementation="strict").backend == "mosaic_gpu"
+  assert choose(implementation="mosaic_gpu").backend == "mosaic_gpu"
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(dtype=jnp.float32), "takes bfloat16, not float32 and float32"),
+    (dict(d=96), r"takes head sizes \(64, 128\), not 96"),
+    (dict(x=24), "takes pages of a multiple of 16 keys, not 24"),
+    (dict(g=33), "takes up to 32 query heads per key head, not 33"),
+  ],
+)
+def test_what_the_kernel_cannot_take_is_said(change, message, monkeypatch):
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  sizes = dict(b=2, k=2, g=3, d=64, p=9, x=16, m=7) | change
+  with pytest.raises(ValueError, match=f"{message}; 'xla' runs anywhere"):
+    choose_decode_attention(**shapes(**sizes), implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize(
@@ -267,3 +319,119 @@ def test_wrong_input_is_refused(change, message):
   # Unwrapped, since the hook that checks array types would see mismatched shapes first.
   with pytest.raises(ValueError, match=message):
     inspect.unwrap(choose_decode_attention)(**arguments)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def attend_in_kernel(arguments, interpret=None):
+  scale = arguments["q_BHD"].shape[-1] ** -0.5
+  return mosaic_gpu.decode_attention(Problem(**arguments), scale, interpret)
+
+
+def with_growing_scores(arguments):
+  """By hundreds along the lists: the maximum has to follow, more than once."""
+  growth = jnp.linspace(1.0, 100.0, len(arguments["k_PXD"]))[:, None, None]
+  keys = (growth * arguments["k_PXD"]).astype(jnp.bfloat16).astype(jnp.float32)
+  return arguments | {"k_PXD": keys, "pages_BKM": jnp.sort(arguments["pages_BKM"])}
+
+
+@pytest.fixture
+def interpret():
+  yield plgpu.InterpretGPUParams(detect_races=True)
+  gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+INTERPRETED = {  # B, K, G, D, P, X, M, multiprocessors, and extras
+  "rings_go_round": ((1, 2, 16, 64, 40, 16, 36), 1, {}),
+  "blocks_share_a_row": ((1, 2, 3, 64, 6, 48, 5), 2, dict(bias=True)),
+  "two_units": ((1, 1, 32, 128, 8, 32, 6), 1, dict(bias=True)),
+}
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_the_kernel_is_right_and_has_no_races(name, interpret, monkeypatch):
+  case, multiprocessors, extras = INTERPRETED[name]
+  monkeypatch.setattr(devices, "num_multiprocessors", lambda: multiprocessors)
+  # Lists are looked at more than once.
+  monkeypatch.setattr(mosaic_gpu_list, "LANES", 4)
+  arguments = make(*case, **extras)
+  if name == "rings_go_round":
+    arguments = with_growing_scores(arguments)
+    # One of the two rows reads nothing.
+    arguments["pages_BKM"] = arguments["pages_BKM"].at[0, 1].set(-1)
+  low = poisoned(in_dtype(arguments, jnp.bfloat16))
+  actual = attend_in_kernel(low, interpret)
+  assert not gpu_callbacks.get_races().races_found
+  assert_matches_reference(arguments, actual)
+
+
+PROMISED = [  # heads, head size, page size, bias
+  *((heads, 64, 16, False) for heads in (1, 3, 16, 17, 32)),
+  *((16, 64, size, True) for size in (16, 48, 128)),
+  *((16, 128, size, True) for size in range(16, 144, 16)),
+  (16, 128, 64, False),
+  (32, 128, 64, True),
+]
+
+
+@pytest.mark.parametrize(("g", "d", "x", "bias"), PROMISED)
+def test_what_is_promised_is_lowered_for_cuda(g, d, x, bias):
+  lowered = export.export(
+    attend_in_kernel,
+    platforms=["cuda"],
+    disabled_checks=[export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+  )(shapes(3, 2, g, d, 9, x, 7, bias=bias))
+  assert lowered.mlir_module().count("custom_call @mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize(
+  ("num_rows", "num_pieces", "takers", "splits"),
+  [
+    (2, 6144, 4, 128),  # a long context of one row: a wave of thread blocks, 12 pieces a warp
+    (128, 6144, 4, 2),
+    (2, 16, 4, 4),  # no more than there are pieces
+    (1024, 64, 4, 1),
+    (140, 4096, 4, 3),  # two waves, of which the second is not half empty
+  ],
+)
+def test_thread_blocks_are_as_many_as_finish_soonest(num_rows, num_pieces, takers, splits):
+  assert mosaic_gpu_shape.num_splits(num_rows, num_pieces, takers, 132) == splits
+
+
+ON_GPU = {  # B, K, G, D, P, X, M, and extras
+  "ssa": ((32, 2, 16, 64, 200, 16, 16), {}),
+  "nosa": ((4, 2, 16, 128, 90, 64, 64), dict(bias=True)),
+  "long": ((1, 2, 16, 64, 600, 64, 600), dict(bias=True)),
+  "few_slots": ((1, 1, 16, 128, 9, 16, 1), {}),
+  "many_rows": ((150, 2, 4, 64, 50, 32, 6), {}),
+  **{
+    f"{g}_heads_of_{d}": ((3, 2, g, d, 40, 16, 33), dict(bias=True))
+    for g in (1, 2, 3, 4, 8, 16, 17, 32)
+    for d in (64, 128)
+  },
+  **{
+    f"pages_of_{size}_at_{d}": ((3, 2, 16, d, 12, size, 10), {})
+    for size in range(16, 144, 16)
+    for d in (64, 128)
+  },
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu_the_kernel_matches_the_reference(name):
+  case, extras = ON_GPU[name]
+  arguments = make(*case, **extras)
+  low = in_dtype(arguments, jnp.bfloat16)
+  actual = attend_in_kernel(low)
+  assert_matches_reference(arguments, actual)
+  # No sum depends on who came first, and what is not read reaches nothing.
+  for again in (low, poisoned(low)):
+    for a, w in zip(attend_in_kernel(again), actual, strict=True):
+      np.testing.assert_array_equal(a, w)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_scores_may_grow_along_a_list():
+  arguments = with_growing_scores(make(2, 2, 16, 64, 300, 16, 300))
+  actual = attend_in_kernel(in_dtype(arguments, jnp.bfloat16))
+  assert_matches_reference(arguments, actual)
