@@ -64,6 +64,14 @@ def make_documents(b, s, seed=0):
 
 def run(problem: Problem, *, dtype, attend=block_sparse_attention, **options) -> dict:
   """Outputs and the gradient of every input, computed in `dtype`, by name."""
+  return program(problem, dtype=dtype, attend=attend, **options)(problem)
+
+
+def program(problem: Problem, *, dtype, attend=block_sparse_attention, **options):
+  """What `run` runs, compiled once, for this problem and others that differ in arrays alone.
+
+  Segments are part of the program.
+  """
   fixed = dict(
     block_size=problem.block_size,
     query_offset=problem.query_offset,
@@ -82,9 +90,12 @@ def run(problem: Problem, *, dtype, attend=block_sparse_attention, **options) ->
     dlse = jnp.where(jnp.isfinite(lse), dlse, 0.0)
     return out, lse, *vjp((dout.astype(dtype), dlse))
 
-  inputs = tuple(getattr(problem, name) for name in FIELDS)
-  values = outputs_and_gradients(inputs, problem.blocks, problem.dout, problem.dlse)
-  return {n: x for n, x in zip(NAMES, values, strict=True) if x is not None}
+  def of_problem(problem):
+    inputs = tuple(getattr(problem, name) for name in FIELDS)
+    values = outputs_and_gradients(inputs, problem.blocks, problem.dout, problem.dlse)
+    return {n: x for n, x in zip(NAMES, values, strict=True) if x is not None}
+
+  return of_problem
 
 
 def reference(*args, **kwargs):

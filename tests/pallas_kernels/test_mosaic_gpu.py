@@ -84,61 +84,60 @@ def with_a_border_inside_a_block(problem):
   return dataclasses.replace(problem, segments=segments, blocks=blocks)
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_interpreted_it_matches_the_reference_without_races(name, small, monkeypatch):
-  case, extras = INTERPRETED[name]
-  problem = problems.make(*case, **extras)
-  if name != "tokens_share_a_unit":
-    monkeypatch.setattr(mosaic_gpu_call, "DQ_FINDS_DELTA", (64,))
-  if name == "several_tiles":
-    # More than there is work for: those without any must not be counted in.
-    monkeypatch.setattr(mosaic_gpu_call, "INTERPRETED_WORKERS", 5)
-    problem = with_a_border_inside_a_block(problem)
-    # Lists count as long, and are copied in pieces.
-    monkeypatch.setattr(query_tiles, "COPY", 2)
-  if name == "scores_grow":
-    # By hundreds along the keys: the maximum has to follow, more than once.
-    growth = jnp.linspace(1.0, 100.0, problem.k.shape[1])[None, :, None, None]
-    problem = dataclasses.replace(problem, k=problem.k * growth)
-  interpret = plgpu.InterpretGPUParams(detect_races=True)
-  actual = problems.run(
-    problem, dtype=jnp.bfloat16, attend=functools.partial(attend, interpret=interpret)
-  )
-  assert not gpu_callbacks.get_races().races_found
-  assert_matches_reference(problem, actual)
+def whose_first_query_reads_block_0(problem):
+  return dataclasses.replace(problem, blocks=problem.blocks.at[:, 0].set(0))
 
 
-def assert_gradients_come_from_who_reads(problem, interpret):
-  """A NaN in the first query's cotangent spoils the blocks that it reads, and no others."""
-  blocks = jnp.where(problem.blocks < 0, 0, problem.blocks).at[:, 0].set(0)
-  dout = problem.dout.at[:, 0].set(jnp.nan)
-  spoiled, clean = (
-    problems.run(
-      dataclasses.replace(problem, blocks=blocks, dout=dout),
-      dtype=jnp.bfloat16,
-      attend=functools.partial(attend, interpret=interpret),
-    )
-    for dout in (dout, problem.dout)
-  )
+def assert_room_brings_nothing_in(run, problem, clean):
+  """Room that is left in a window of a block's units is filled with the first query's.
+
+  A NaN in its cotangent spoils the block that it reads, and no others.
+  """
+  spoiled = run(dataclasses.replace(problem, dout=problem.dout.at[:, 0].set(jnp.nan)))
   first, size = problem.query_offset, problem.block_size
   for name in ("dk", "dv"):
     assert jnp.isnan(spoiled[name][:, : min(first, size)]).all(), name
     np.testing.assert_array_equal(spoiled[name][:, size:], clean[name][:, size:])
 
 
-def test_interpreted_room_that_is_left_in_a_window_brings_nothing_in(small):
-  problem = problems.make(1, 9, 16, 1, 64, 64, 2, offset=150)
-  assert_gradients_come_from_who_reads(problem, plgpu.InterpretGPUParams())
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_it_matches_the_reference_without_races(name, small, monkeypatch):
+  case, extras = INTERPRETED[name]
+  problem = problems.make(*case, **extras)
+  if name == "tokens_share_a_unit":
+    # As with head size 128.
+    monkeypatch.setattr(mosaic_gpu_call, "DQ_FINDS_DELTA", ())
+  if name == "several_tiles":
+    # More than there is work for: those without any must not be counted in.
+    monkeypatch.setattr(mosaic_gpu_call, "INTERPRETED_WORKERS", 5)
+    problem = with_a_border_inside_a_block(problem)
+    # Lists count as long, and are copied in pieces.
+    monkeypatch.setattr(query_tiles, "COPY", 2)
+  if name == "warps_as_one":
+    problem = whose_first_query_reads_block_0(problem)
+  if name == "scores_grow":
+    # By hundreds along the keys: the maximum has to follow, more than once.
+    growth = jnp.linspace(1.0, 100.0, problem.k.shape[1])[None, :, None, None]
+    problem = dataclasses.replace(problem, k=problem.k * growth)
+  interpret = plgpu.InterpretGPUParams(detect_races=True)
+  run = problems.program(
+    problem, dtype=jnp.bfloat16, attend=functools.partial(attend, interpret=interpret)
+  )
+  actual = run(problem)
+  assert not gpu_callbacks.get_races().races_found
+  assert_matches_reference(problem, actual)
+  if name == "warps_as_one":
+    assert_room_brings_nothing_in(run, problem, actual)
 
 
+EVERYTHING = dict(documents=True, bias=True)
 PROMISED = [
-  *((heads, 64, 16, {}) for heads in (1, 2, 3, 4, 8, 16, 32)),
-  *((16, d, size, {}) for d in (64, 128) for size in (16, 32, 64, 128)),
-  *((heads, 128, 64, {}) for heads in (4, 32)),
-  (16, 64, 16, dict(documents=True, offset=64, bias=True)),
-  (16, 64, 16, dict(finds_delta=True)),
-  (4, 64, 32, dict(finds_delta=True, documents=True, bias=True)),
-  (4, 128, 64, dict(documents=True, offset=64, bias=True)),
+  *((heads, 64, 16, {}) for heads in (1, 2, 3, 8, 16, 32)),
+  *((heads, 64, 16, EVERYTHING) for heads in (4, 16)),
+  *((16, 64, size, {}) for size in (32, 64, 128)),
+  *((16, 128, size, {}) for size in (16, 32, 64, 128)),
+  (32, 128, 64, {}),
+  (4, 128, 64, EVERYTHING),
 ]
 
 
@@ -147,8 +146,7 @@ PROMISED = [
   PROMISED,
   ids=lambda x: "_".join(x) if isinstance(x, dict) else str(x),
 )
-def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras, monkeypatch):
-  monkeypatch.setattr(mosaic_gpu_call, "DQ_FINDS_DELTA", (64,) * ("finds_delta" in extras))
+def test_what_is_promised_is_lowered_for_cuda(heads, d, block_size, extras):
   # Forward, dq, dkv, the two sums of parts, and three kernels for lists of single tokens.
   assert num_kernels(heads, d, block_size, extras) == 5 + (heads > 8) * 3
 
@@ -296,7 +294,11 @@ def test_on_a_gpu_unlisted_blocks_are_never_read():
 @pytest.mark.parametrize(("d", "size"), [(64, 16), (64, 64), (128, 16), (128, 64)])
 def test_on_a_gpu_room_that_is_left_brings_nothing_in(d, size):
   problem = problems.make(1, 333, 16, 1, d, size, 4, offset=77)
-  assert_gradients_come_from_who_reads(problem, None)
+  problem = whose_first_query_reads_block_0(problem)
+  run = problems.program(
+    problem, dtype=jnp.bfloat16, attend=functools.partial(attend, interpret=None)
+  )
+  assert_room_brings_nothing_in(run, problem, run(problem))
 
 
 @pytest.mark.gpu
