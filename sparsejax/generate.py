@@ -54,6 +54,7 @@ def run(asked: argparse.Namespace) -> int:
     stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
     num_slots=asked.num_slots,
     on_token=show,
+    on_choice=lambda choice: sys.stderr.write(f"backend of {choice}\n"),
   )
   seconds = time.perf_counter() - began
   if show is None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from sparsejax import attention, errors
-from sparsejax.attention import block_sparse, compression, method
+from sparsejax.attention import block_sparse, compression, method, pages
 
 
 def choose(
@@ -168,6 +168,61 @@ class _Questions:
   def _bias(self, own: method.Options, name: str) -> dict[str, jax.ShapeDtypeStruct]:
     """The argument that takes the biases of keys, of a method that has them."""
     return {name: self._bias_BTK} if attention.sparse_method(own).has_key_scores else {}
+
+
+def choose_decoding(
+  options: method.Options, stream: method.Stream, room: pages.Room, *, num_heads: int
+) -> list[pallas_kernels.Choice]:
+  """What a model decodes on beside plain XLA: reads of pages, and fetches from the host.
+
+  Args:
+    options: settings of attention.
+    stream: `full` or `sparse`.
+    room: of the cache.
+    num_heads: H.
+
+  Raises:
+    ConfigError: for each operation that cannot run on what was asked for, why not.
+  """
+  b, k = room.batch, room.num_kv_heads
+  layers = [options.of_layer(place) for place in range(len(options.pattern))]
+  most = max(attention.most_pages(own, stream, room.length) for own in layers)
+  has_bias = any("bias" in attention.remembers(own, stream, room.length) for own in layers)
+  parts = {"k": ((room.head_dim,), room.dtype), "v": ((room.head_dim,), room.dtype)}
+  if has_bias:
+    parts["bias"] = (), "float32"
+  specs = pages.specs(parts, room, 1)
+  held = {name: specs.get(f"slots/{name}", specs[name]) for name in parts}
+  list_BKM = jax.ShapeDtypeStruct((b, k, most), jnp.int32)
+
+  def attend():
+    return pallas_kernels.choose_decode_attention(
+      jax.ShapeDtypeStruct((b, num_heads, room.head_dim), room.dtype),
+      held["k"],
+      held["v"],
+      list_BKM,
+      begin_BKM=list_BKM,
+      end_BKM=list_BKM,
+      key_bias_PX=held.get("bias"),
+      implementation=room.kernels,
+    )
+
+  def fetch():
+    entries_R = jax.ShapeDtypeStruct((b * k * most,), jnp.int32)
+    stores, slots = (tuple(of[name] for name in parts) for of in (specs, held))
+    return pallas_kernels.choose_fetch_pages(
+      stores, slots, entries_R, entries_R, implementation=room.kernels
+    )
+
+  choices, problems = [], []
+  for ask in (attend,) if room.num_slots is None else (attend, fetch):
+    try:
+      choices.append(ask())
+    except pallas_kernels.CannotRunError as error:
+      problems.append(_problem("kernels", error))
+  if problems:
+    raise errors.ConfigError("\n".join(problems))
+  return choices
 
 
 def _problem(key: str, error: pallas_kernels.CannotRunError) -> str:

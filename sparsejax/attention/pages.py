@@ -35,7 +35,7 @@ class Room:
     dtype: of keys and values.
     num_slots: pages of a row and key head on the device, where the rest is on the host; None
       where all are on the device.
-    fetch: how pages come from the host: `implementation` of `pallas_kernels.fetch_pages`.
+    kernels: `auto`, or `strict` where attention and fetches must run on GPU kernels.
   """
 
   batch: int
@@ -45,7 +45,7 @@ class Room:
   head_dim: int
   dtype: str
   num_slots: int | None = None
-  fetch: str = "auto"
+  kernels: str = "auto"
 
   @property
   def length(self) -> int:
@@ -167,6 +167,7 @@ def attend(
     begin_BKM=jnp.clip(begin_BKM, 0, x),
     end_BKM=jnp.clip(end_BKM, 0, x),
     key_bias_PX=held["bias"] if has_bias else None,
+    implementation=room.kernels,
   )
   if room.num_slots is None:
     return out_BHD, arrays | held
@@ -194,7 +195,7 @@ def _fetch(arrays: Arrays, place: Place, names: list[str], pages_BKM):
     tuple(arrays[f"slots/{name}"] for name in names),
     place.rows(load_BKM, room.num_pages).reshape(-1),
     place.rows(slot_BKM, room.num_slots).reshape(-1),
-    implementation=room.fetch,
+    implementation=room.kernels,
   )
   after = {f"slots/{name}": held for name, held in zip(names, fetched, strict=True)}
   of_plan = {

@@ -43,6 +43,7 @@ def room(
     head_dim=shape.head_dim,
     dtype=shape.dtype,
     num_slots=num_slots,
+    kernels=transformer.options.kernels,
   )
 
 

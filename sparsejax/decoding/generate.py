@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pallas_kernels
 from sparsejax import errors, model, sharding
-from sparsejax.attention import method, past
+from sparsejax.attention import backends, method, past
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import sampling as samplings
 
@@ -33,6 +34,7 @@ def generate(
   length: int | None = None,
   num_slots: int | None = None,
   on_token: Callable[[int, int], None] | None = None,
+  on_choice: Callable[[pallas_kernels.Choice], None] | None = None,
 ) -> list[list[int]]:
   """Returns the ids that follow each prompt.
 
@@ -53,9 +55,11 @@ def generate(
     num_slots: pages per row and key head that are kept on the device, where all pages lie in
       the host's memory (see `attention.pages`); None keeps all of them on the device.
     on_token: called with the number of a prompt and an id, as each is drawn.
+    on_choice: called before that with what reads of pages and fetches from the host run on.
 
   Raises:
-    ConfigError: a number that makes no sense, or a prompt that does not fit in `length`.
+    ConfigError: a number that makes no sense, a prompt that does not fit in `length`, or
+      `attention.kernels=strict` where there is no kernel.
     DataError: a prompt that is empty or has ids that the model does not know.
     UserError: the cache does not fit in the memory of the device, or of the host.
   """
@@ -74,6 +78,8 @@ def generate(
     length=length or longest + max_new_tokens,
     num_slots=num_slots,
   )
+  for choice in decoder.backends if on_choice is not None else ():
+    on_choice(choice)
   texts, stop_ids = [[] for _ in prompts], frozenset(stop_ids)
   waiting = iter(range(len(prompts)))
   in_row: list[int | None] = [None] * rows
@@ -111,6 +117,9 @@ class Decoder:
   """A model, its cache, and the programs that fill and read it.
 
   Prompts are padded to powers of two, so that few programs are compiled.
+
+  Attributes:
+    backends: what reads of pages, and fetches from the host, run on.
   """
 
   def __init__(
@@ -133,7 +142,13 @@ class Decoder:
     self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = -(-rows // self._devices) * self._devices
     self._rows = rows
-    self._room = caches.room(self._transformer, batch=batch, length=length, num_slots=num_slots)
+    self._room = room = caches.room(
+      self._transformer, batch=batch, length=length, num_slots=num_slots
+    )
+    shape, options = self._transformer.shape, self._transformer.options
+    self.backends = backends.choose_decoding(
+      options, stream, room, num_heads=shape.num_attention_heads
+    )
     self._draw = functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids)
     spec = caches.spec(self._transformer, stream, self._room)
     caches.check_slots(self._transformer, stream, self._room, mesh)

@@ -182,6 +182,7 @@ def test_text_from_a_checkpoint(environment, uninterrupted, tmp_path):
   one = programs.call(command, environment)
   assert one.returncode == 0, one.stderr[-4000:]
   assert one.stdout.startswith("abc")
+  assert re.search(r"^backend of decode_attention: xla \(", one.stderr, re.MULTILINE)
   assert re.search(r"^\d tokens in [\d.]+ s, .*; step 16 of ", one.stderr, re.MULTILINE)
   two = programs.call([*command, "--num_texts=2"], environment)
   # Greedy texts are all the same.

@@ -1,5 +1,7 @@
 """What a model's attention runs on, said or refused before anything runs."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -7,6 +9,7 @@ import pallas_kernels
 from pallas_kernels.full_attention import cudnn
 from sparsejax import attention, errors
 from sparsejax.attention import backends
+from sparsejax.decoding import cache as caches
 from tests import small
 
 SHAPE = dict(dtype="bfloat16", num_heads=4, num_kv_heads=2, head_dim=64, length=64)
@@ -344,3 +347,46 @@ def test_each_operation_is_told_its_own_name(stream, expected, monkeypatch):
     {"params": params}, batch.inputs, batch.positions, batch.segments, stream=stream
   )
   assert told == expected
+
+
+@pytest.mark.parametrize("stream", ["full", "sparse"])
+def test_decoding_says_what_it_runs_on(stream):
+  transformer = small.make_model(attention__method="nosa", attention__num_blocks=4)
+  room = caches.room(transformer, batch=2, length=64, num_slots=8)
+  said = backends.choose_decoding(transformer.options, stream, room, num_heads=4)
+  assert [(choice.op, choice.backend) for choice in said] == [
+    ("decode_attention", "xla"),
+    ("fetch_pages", "dma"),
+  ]
+  room = dataclasses.replace(room, num_slots=None)
+  (said,) = backends.choose_decoding(transformer.options, stream, room, num_heads=4)
+  assert said.op == "decode_attention"
+
+
+def test_decoding_on_kernels_alone_is_refused_without_a_gpu():
+  options = dict(attention__kernels="strict", model__dtype="bfloat16", model__head_dim=64)
+  transformer = small.make_model(**options)
+  room = caches.room(transformer, batch=2, length=64, num_slots=8)
+  with pytest.raises(errors.ConfigError) as caught:
+    backends.choose_decoding(transformer.options, "sparse", room, num_heads=4)
+  first, second = str(caught.value).splitlines()
+  assert first.startswith(
+    "attention.kernels='strict': no GPU kernel can run decode_attention ("
+  )
+  assert second.startswith("attention.kernels='strict': no GPU kernel can run fetch_pages (")
+  assert MOSAIC in first
+  assert MOSAIC in second
+
+
+def test_a_hopper_decodes_on_kernels_where_it_must(monkeypatch):
+  monkeypatch.setattr("pallas_kernels.devices.why_not_hopper", lambda: None)
+  options = dict(
+    attention__kernels="strict",
+    attention__block_size=16,
+    model__dtype="bfloat16",
+    model__head_dim=64,
+  )
+  transformer = small.make_model(attention__method="nosa", **options)
+  room = caches.room(transformer, batch=2, length=64, num_slots=8)
+  said = backends.choose_decoding(transformer.options, "sparse", room, num_heads=4)
+  assert [choice.backend for choice in said] == ["mosaic_gpu", "mosaic_gpu"]
