@@ -239,9 +239,7 @@ def fill(x_LBTK: jax.Array, room: Room) -> jax.Array:
   return x_LBKNX.reshape(-1, *x_LBKNX.shape[4:])
 
 
-def put_row(
-  arrays: Arrays, filled: Arrays, num_rows: int, room: Room, num_layers: int, row
-) -> Arrays:
+def put_row(arrays: Arrays, filled: Arrays, num_rows: int, room: Room, row) -> Arrays:
   """Pages with those of a prompt in place of a row of their own.
 
   Args:
@@ -249,10 +247,10 @@ def put_row(
     filled: by name, pages on the device, of rows of which the first is taken.
     num_rows: how many rows that are.
     room: of the arrays.
-    num_layers: L.
     row: which row to replace.
   """
   per_row = room.num_kv_heads * room.num_pages
+  num_layers = arrays["k"].shape[0] // (room.batch * per_row)
 
   def put(layer, arrays):
     after = {}

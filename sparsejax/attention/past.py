@@ -2,7 +2,7 @@
 
 A method says what it needs by name (`SparseMethod.remembers`): pages of what its tokens have,
 the last few of them, means over windows of them. Each kind knows its shape, how the training
-path's forward pass fills it (`sparsejax.decoding.prefill`), and what a token adds.
+path's forward pass fills it (`sparsejax.decoding.cache.prefill`), and what a token adds.
 
 Letters: L layers, B rows, T tokens, K key/value heads, D head size, N pages of a row, X tokens
 of a page, W windows.
@@ -252,19 +252,18 @@ class Cache:
     """The cache with one token more in every row."""
     return self.replace(lengths_B=self.lengths_B + 1, step=self.step + 1, arrays=arrays)
 
-  def with_row(self, row: jax.Array, other: "Cache", num_layers: int) -> "Cache":
+  def with_row(self, row: jax.Array, other: "Cache") -> "Cache":
     """The cache with the first row of another in place of one of its own.
 
     Args:
       row: number of the row.
       other: a cache with as many pages in a row, all of them on the device.
-      num_layers: of each stack.
     """
     arrays = []
     for ours, theirs, kinds in zip(self.arrays, other.arrays, self.kinds, strict=True):
       names = [name for name, kind in kinds.items() if isinstance(kind, Pages)]
       first = {name: theirs[name] for name in names}
-      placed = pages.put_row(ours, first, other.room.batch, self.room, num_layers, row)
+      placed = pages.put_row(ours, first, other.room.batch, self.room, row)
       for name in kinds.keys() - set(names):
         placed[name] = jax.lax.dynamic_update_slice_in_dim(
           ours[name], theirs[name][:, :1], row, 1

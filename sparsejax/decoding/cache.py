@@ -49,8 +49,9 @@ def room(
 
 def spec(transformer: model.Transformer, stream: method.Stream, room: pages.Room) -> Cache:
   """Shapes and dtypes of a cache, in place of arrays."""
-  options, stacked = transformer.options, num_stacked(transformer)
+  options = transformer.options
   period = len(options.pattern)
+  stacked = transformer.shape.num_hidden_layers // period
   kinds = tuple(
     attention.remembers(options.of_layer(place), stream, room.length) for place in range(period)
   )
@@ -68,11 +69,6 @@ def _spec_of_stack(kinds: dict[str, past.Kind], room: pages.Room, num_layers: in
       spec = kind.spec(room)
       found[name] = jax.ShapeDtypeStruct((num_layers, *spec.shape), spec.dtype)
   return found
-
-
-def num_stacked(transformer: model.Transformer) -> int:
-  """Layers of each stack: of each place in the pattern of layers."""
-  return transformer.shape.num_hidden_layers // len(transformer.options.pattern)
 
 
 def num_bytes(spec: Cache, *, is_host: bool = False) -> int:

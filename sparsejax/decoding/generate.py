@@ -188,7 +188,7 @@ class Decoder:
       room=dataclasses.replace(self._room, batch=len(ids_BT)),
     )
     (token,) = self._draw(logits_BV[:1], key[None])
-    return token, cache.with_row(row, filled, caches.num_stacked(self._transformer))
+    return token, cache.with_row(row, filled)
 
   def _step_rows(self, params, cache: past.Cache, ids_B, keys_B):
     logits_BV, cache = caches.step(self._transformer, params, cache, ids_B, stream=self._stream)

@@ -18,7 +18,13 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_c
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import block_sparse_attention, devices, select_blocks
+from pallas_kernels import (
+  block_sparse_attention,
+  decode_attention,
+  devices,
+  fetch_pages,
+  select_blocks,
+)
 from pallas_kernels.block_selection import pooling
 from tests.pallas_kernels import problems
 
@@ -52,12 +58,43 @@ def selection(name: str) -> dict:
   return dict(blocks=select_blocks(q, k, **sizes, **rules, implementation="mosaic_gpu"))
 
 
+def decoding() -> dict:
+  """One query per row, by pages in any order, with a bias."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  k, v = (jax.random.normal(key, (60, 64, 128), jnp.bfloat16) for key in keys[:2])
+  q = jax.random.normal(keys[2], (3, 32, 128), jnp.bfloat16)
+  pages = jax.random.permutation(keys[3], 60)[:48].reshape(3, 2, 8) - 5
+  out, lse = decode_attention(
+    q,
+    k,
+    v,
+    pages,
+    begin_BKM=jnp.full_like(pages, 3),
+    end_BKM=jnp.full_like(pages, 50),
+    key_bias_PX=jnp.ones((60, 64)),
+    implementation="mosaic_gpu",
+  )
+  return dict(out=out, lse=lse)
+
+
+def fetching() -> dict:
+  """Pages of keys, values and biases from the host's memory."""
+  host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+  shapes = ((64, 128), jnp.bfloat16), ((64, 128), jnp.bfloat16), ((64,), jnp.float32)
+  stores = tuple(jax.device_put(jnp.ones((40, *x), dtype), host) for x, dtype in shapes)
+  slots = tuple(jnp.zeros((16, *x), dtype) for x, dtype in shapes)
+  fetch = jax.jit(functools.partial(fetch_pages, implementation="mosaic_gpu"))
+  fetched = fetch(stores, slots, jnp.array([39, -1, 0, 7]), jnp.array([15, 2, 0, 3]))
+  return dict(zip(("keys", "values", "biases"), fetched, strict=True))
+
+
 def main(names: list[str]) -> int:
   """The command line; returns the exit status."""
   backends = ["mosaic_gpu"]
   if importlib.util.find_spec("jax_triton") is not None:
     backends.append("triton")
   runs = {name: functools.partial(selection, name) for name in SELECTION}
+  runs |= dict(decode_attention=decoding, fetch_pages=fetching)
   for backend in backends:
     runs |= {
       f"{name}/{backend}": functools.partial(attention, backend, name) for name in ATTENTION

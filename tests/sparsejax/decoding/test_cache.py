@@ -123,8 +123,7 @@ def test_pages_on_the_host_give_the_same_bits(name):
     cache = caches.make(caches.spec(transformer, "sparse", room))
     for row, length in enumerate(PROMPTS):
       _, filled = run(params, ids[row : row + 1, :longest], jnp.array([length]))
-      put = functools.partial(past.Cache.with_row, num_layers=caches.num_stacked(transformer))
-      cache = jax.jit(put)(cache, row, filled)
+      cache = jax.jit(past.Cache.with_row)(cache, row, filled)
     return cache
 
   step = functools.partial(caches.step, transformer, stream="sparse")
