@@ -1,6 +1,8 @@
 """Problems of block-sparse attention, and how wrong an answer may be."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,24 +37,40 @@ def make(
 
   Lists hold empty slots, repeats, blocks of the future and blocks that are not there.
   """
-  keys = jax.random.split(jax.random.key(seed), 7)
   s = offset + t
+  shapes = dict(q=(b, t, h, d), k=(b, s, k, d), v=(b, s, k, d), key_bias=(b, s, k))
+  shapes |= dict(blocks=(b, t, k, m), dout=(b, t, h, d), dlse=(b, t, h))
+  if not bias:
+    del shapes["key_bias"]
+  # What is drawn at a place depends on nothing but the place, so that shapes can share.
+  size = 2 ** max(16, *((math.prod(shape) - 1).bit_length() for shape in shapes.values()))
+  drawn = _draw(jax.random.key(seed), s // block_size + 3, scale, size)
+  arrays = {
+    name: jnp.asarray(np.asarray(drawn[name])[: math.prod(shape)].reshape(shape))
+    for name, shape in shapes.items()
+  }
+  segments = make_documents(b, s, seed) if documents else None
+  fixed = dict(block_size=block_size, query_offset=offset, segments=segments)
+  return Problem(**dict(key_bias=None) | arrays | fixed)
 
-  def draw(key, *shape):
-    values = scale * jax.random.normal(key, shape)
+
+@functools.partial(jax.jit, static_argnames="size")
+def _draw(key, num_blocks, scale, size):
+  """`size` numbers for every array of a problem."""
+  keys = jax.random.split(key, 7)
+
+  def normal(key):
+    values = scale * jax.random.normal(key, (size,))
     return values.astype(jnp.bfloat16).astype(jnp.float32)
 
-  return Problem(
-    q=draw(keys[0], b, t, h, d),
-    k=draw(keys[1], b, s, k, d),
-    v=draw(keys[2], b, s, k, d),
-    key_bias=draw(keys[3], b, s, k) if bias else None,
-    blocks=jax.random.randint(keys[4], (b, t, k, m), -1, s // block_size + 3),
-    dout=draw(keys[5], b, t, h, d),
-    dlse=jax.random.normal(keys[6], (b, t, h)),
-    block_size=block_size,
-    query_offset=offset,
-    segments=make_documents(b, s, seed) if documents else None,
+  return dict(
+    q=normal(keys[0]),
+    k=normal(keys[1]),
+    v=normal(keys[2]),
+    key_bias=normal(keys[3]),
+    blocks=jax.random.randint(keys[4], (size,), -1, num_blocks),
+    dout=normal(keys[5]),
+    dlse=jax.random.normal(keys[6], (size,)),
   )
 
 

@@ -54,9 +54,13 @@ def later(*case, **extras):
 
 
 def select(choose, problem, rules):
-  bounds = plan.bounds(problem, rules)
-  chosen = choose(problem, rules, bounds, plan.spans(bounds, rules))
-  return jnp.sort(plan.assemble(chosen, bounds, rules), axis=-1)
+  @jax.jit
+  def run(problem):
+    bounds = plan.bounds(problem, rules)
+    chosen = choose(problem, rules, bounds, plan.spans(bounds, rules))
+    return jnp.sort(plan.assemble(chosen, bounds, rules), axis=-1)
+
+  return run(problem)
 
 
 INTERPRETED = {  # the problem, and how the kernel is laid out
@@ -70,8 +74,8 @@ INTERPRETED = {  # the problem, and how the kernel is laid out
     later(1, 40, 5, 1, 64, 8, 4, pooling=poolings.infllm_v2(8), num_local=2, offset=400),
     dict(segment=128, stages=2, pairs=1),
   ),
-  "half_local": (later(1, 70, 2, 1, 128, 8, 4, rule="half_local"), {}),
-  "keys_of_windows": (later(1, 70, 2, 1, 64, 8, 4, num_initial=1, given=True), {}),
+  "half_local": (later(1, 40, 2, 1, 128, 8, 4, rule="half_local", offset=30), {}),
+  "keys_of_windows": (later(1, 40, 2, 1, 64, 8, 4, num_initial=1, given=True), {}),
   "weighted_windows": (
     later(1, 40, 2, 1, 64, 8, 3, pooling=poolings.nsa_windows(8, 6, 2), offset=300),
     dict(segment=64, stages=1, pairs=1),

@@ -13,19 +13,28 @@ from sparsejax import attention, errors, losses, model, parameters, sharding
 from sparsejax.configuration import build
 from tests import small
 
+make_params = functools.cache(small.make_params)
 
-def run(transformer, params, batch, stream="train", use_full=True):
-  layers = transformer.shape.num_hidden_layers
-  return jax.jit(
-    lambda params, batch: transformer.apply(
+
+@functools.cache
+def make_run(transformer, stream):
+  """A jitted function of parameters, a batch, and whether SSA's coin fell on full."""
+
+  def apply(params, batch, use_full):
+    return transformer.apply(
       {"params": params},
       batch.inputs,
       batch.positions,
       batch.segments,
       stream=stream,
-      use_full_L=jnp.full((layers,), use_full),
+      use_full_L=jnp.full((transformer.shape.num_hidden_layers,), use_full),
     )
-  )(params, batch)
+
+  return jax.jit(apply)
+
+
+def run(transformer, params, batch, stream="train", use_full=True):
+  return make_run(transformer, stream)(params, batch, use_full)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +48,7 @@ def run(transformer, params, batch, stream="train", use_full=True):
 )
 def test_later_tokens_change_nothing_before_them(method, stream):
   transformer = small.make_model(attention__method=method)
-  params = small.make_params(transformer, scale=4.0)
+  params = make_params(transformer, scale=4.0)
   batch = small.make_batch()
   at = 30
   changed = batch._replace(inputs=batch.inputs.at[:, at:].set(319 - batch.inputs[:, at:]))
@@ -48,34 +57,37 @@ def test_later_tokens_change_nothing_before_them(method, stream):
   assert (before[:, at] != after[:, at]).any()
 
 
-def loss_of(transformer, batch):
-  """A function of the parameters."""
-
-  def loss(params):
-    output = transformer.apply(
-      {"params": params}, batch.inputs, batch.positions, batch.segments
-    )
-    return (output.hidden_BTE**2).mean() + output.align_L.sum()
-
-  return loss
+def loss_of(transformer, params, batch):
+  output = transformer.apply({"params": params}, batch.inputs, batch.positions, batch.segments)
+  return (output.hidden_BTE**2).mean() + output.align_L.sum()
 
 
-def shapes_kept(loss, params):
+@functools.cache
+def make_gradient(transformer):
+  return jax.jit(jax.grad(functools.partial(loss_of, transformer)))
+
+
+def shapes_kept(transformer, params, batch):
   """Of all that the forward pass keeps for the gradient."""
-  backward = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
-  return [x.shape for x in jax.tree.leaves(backward)]
+
+  def backward(params):
+    return jax.vjp(lambda params: loss_of(transformer, params, batch), params)[1]
+
+  return [x.shape for x in jax.tree.leaves(jax.eval_shape(backward, params))]
 
 
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_rematerialisation_keeps_less_and_changes_no_gradient(remat):
   batch = small.make_batch()
   plain, other = small.make_model(model__remat="none"), small.make_model(model__remat=remat)
-  params = small.make_params(plain)
-  losses_ = [loss_of(transformer, batch) for transformer in (plain, other)]
-  gradients = [jax.jit(jax.grad(loss))(params) for loss in losses_]
+  params = make_params(plain)
+  gradients = [make_gradient(transformer)(params, batch) for transformer in (plain, other)]
   for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-  plain_kept, other_kept = (sum(map(math.prod, shapes_kept(loss, params))) for loss in losses_)
+  plain_kept, other_kept = (
+    sum(map(math.prod, shapes_kept(transformer, params, batch)))
+    for transformer in (plain, other)
+  )
   assert other_kept < 0.7 * plain_kept
 
 
@@ -84,7 +96,7 @@ def test_the_attention_policy_keeps_the_residuals_of_attention():
   kept = {}
   for policy in ("full", "attention"):
     transformer = small.make_model(model__remat=policy, attention__method="moba")
-    kept[policy] = shapes_kept(loss_of(transformer, batch), small.make_params(transformer))
+    kept[policy] = shapes_kept(transformer, make_params(transformer), batch)
   # Log-normalisers [layers, B, T, H]; without them the forward pass of attention runs again.
   residual = (2, 2, 64, 4)
   assert residual in kept["attention"]
@@ -110,7 +122,7 @@ def test_all_methods_share_their_parameters():
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_logits_come_from_the_unembedding(is_tied):
   transformer = small.make_model(model__tie_word_embeddings=is_tied)
-  params = small.make_params(transformer)
+  params = make_params(transformer)
   assert ("lm_head" in params) == (not is_tied)
   batch = small.make_batch()
   hidden = run(transformer, params, batch).hidden_BTE
@@ -126,7 +138,7 @@ def test_logits_come_from_the_unembedding(is_tied):
 def test_it_is_a_llama():
   """Full attention without the gate, layer by layer, against plain numpy."""
   transformer = small.make_model(attention__method="full", attention__gate=False)
-  params = small.make_params(transformer, scale=3.0)
+  params = make_params(transformer, scale=3.0)
   batch = small.make_batch(rows=1, num_documents=1)._replace(
     segments=jnp.ones((1, 64), jnp.int32)
   )
@@ -162,7 +174,7 @@ def test_it_is_a_llama():
 
 def test_alignment_is_reported_by_layer():
   transformer = small.make_model()
-  params = small.make_params(transformer, scale=4.0)
+  params = make_params(transformer, scale=4.0)
   batch = small.make_batch()
   align = run(transformer, params, batch).align_L
   assert align.shape == (2,)
@@ -173,7 +185,7 @@ def test_alignment_is_reported_by_layer():
 
 def test_the_coin_reaches_the_layers():
   transformer = small.make_model()
-  params = small.make_params(transformer, scale=4.0)
+  params = make_params(transformer, scale=4.0)
   batch = small.make_batch()
   heads, tails = (run(transformer, params, batch, use_full=b).hidden_BTE for b in (True, False))
   full, sparse = (run(transformer, params, batch, s).hidden_BTE for s in ("full", "sparse"))
@@ -184,14 +196,14 @@ def test_the_coin_reaches_the_layers():
 
 def test_parameters_are_float32_under_bfloat16_compute():
   transformer = small.make_model(model__dtype="bfloat16")
-  params = small.make_params(transformer)
+  params = make_params(transformer)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   assert run(transformer, params, small.make_batch()).hidden_BTE.dtype == jnp.bfloat16
 
 
 def test_initial_weights_have_the_configured_spread():
   transformer = small.make_model(model__hidden_size=256, model__initializer_range=0.02)
-  params = small.make_params(transformer)
+  params = make_params(transformer)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if path[-1].key == "scale":
       np.testing.assert_array_equal(leaf, jnp.ones_like(leaf))
@@ -204,15 +216,15 @@ def test_parameters_are_made_whatever_attention_runs_on():
   strict = small.make_model(attention__kernels="strict")
   jax.tree.map(
     np.testing.assert_array_equal,
-    small.make_params(strict),
-    small.make_params(small.make_model()),
+    make_params(strict),
+    make_params(small.make_model()),
   )
 
 
 def test_half_local_selection_runs():
   """Parameters are made with rows of one block, which has no half."""
   transformer = small.make_model(attention__selection="half_local", attention__num_blocks=4)
-  batch, params = small.make_batch(), small.make_params(transformer, scale=4.0)
+  batch, params = small.make_batch(), make_params(transformer, scale=4.0)
   exact = small.make_model(attention__num_blocks=4)
   hidden = [run(t, params, batch, "sparse").hidden_BTE for t in (transformer, exact)]
   assert jnp.abs(hidden[0] - hidden[1]).max() > 1e-3

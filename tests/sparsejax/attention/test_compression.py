@@ -58,11 +58,15 @@ def test_values_and_gradients_are_those_of_a_masked_softmax(size, stride, length
     given = segments if documents else None
     return compression.attend(q, k, v, given, size=size, stride=stride, max_documents=8)
 
-  out, vjp = jax.vjp(jax.jit(run), q, k, v)
-  expected, expected_vjp = jax.vjp(
-    lambda q, k, v: by_definition(q, k, v, segments, size, stride), q, k, v
-  )
-  for a, b in zip((out, *vjp(dout)), (expected, *expected_vjp(dout)), strict=True):
+  def definition(q, k, v):
+    return by_definition(q, k, v, segments, size, stride)
+
+  @jax.jit
+  def outputs_and_gradients(dout, *inputs):
+    both = [jax.vjp(attend, *inputs) for attend in (run, definition)]
+    return [(out, *vjp(dout)) for out, vjp in both]
+
+  for a, b in zip(*outputs_and_gradients(dout, q, k, v), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -72,7 +76,7 @@ def test_a_query_without_windows_gets_nothing_and_asks_for_nothing():
   def run(q, k, v):
     return compression.attend(q, k, v, None, size=8, stride=4)
 
-  out, vjp = jax.vjp(run, q, k, v)
+  out, vjp = jax.vjp(jax.jit(run), q, k, v)
   np.testing.assert_array_equal(out[:, :7], jnp.zeros_like(out[:, :7]))
   assert (jnp.abs(out[:, 7:]).max(-1) > 0).all()
   dq, dk, dv = vjp(jnp.ones_like(out).at[:, 7:].set(0.0))
