@@ -61,7 +61,8 @@ def one_by_one(transformer, params, batch, stream, use_full_L):
     block = model.Block(shape, small.make_model(attention__method=name).options, own)
     weights = weights_of_layer(params, names, layer)
     apply = jax.jit(functools.partial(block.apply, {"params": weights}))
-    x, align = apply(x, angles, batch.segments, use_full_L[layer])
+    # Neither what its stack remembers nor what it knows of the past: the model does not decode.
+    (x, _), align = apply((x, None), angles, batch.segments, None, use_full_L[layer], layer)
     aligns.append(align)
   scale = params["norm"]["scale"]
   return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale[None, None], aligns

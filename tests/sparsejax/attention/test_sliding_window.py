@@ -39,7 +39,7 @@ def test_it_reads_the_last_keys_of_the_document(mask, stream):
   """Run full, it reads all of them; each stream stops at documents where it is told to."""
   module, q, k, v, segments = make(mask)
   tokens = method.Tokens(segments, None, jnp.asarray(True))
-  out, align = module.apply({}, q, k, v, tokens, stream)
+  out, align, _ = module.apply({}, q, k, v, tokens, stream)
   stops = dict(both=True, full=stream == "full", none=False)[mask]
   documents = np.asarray(segments) if stops else np.ones((B, T))
   wanted = expected(q, k, v, documents, T if stream == "full" else 12)

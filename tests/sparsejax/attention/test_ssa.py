@@ -100,7 +100,7 @@ def test_any_method_with_two_streams_will_do(use_full):
   options = small.make_model().options
   module = ssa.Ssa(options, Doubling(options))
   tokens = tokens.replace(use_full=jnp.asarray(use_full))
-  out, align = module.apply({}, q, q, q, tokens, "train")
+  out, align, _ = module.apply({}, q, q, q, tokens, "train")
   np.testing.assert_allclose(out, (2.0 if use_full else 1.0) * q)
   np.testing.assert_allclose(align, ssa.alignment(2.0 * q, q, tokens, options.ssa))
 
