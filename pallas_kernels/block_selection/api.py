@@ -15,9 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import devices, dispatch, positions
 from pallas_kernels.block_selection import by_key, mosaic_gpu, plan, reference, xla
-from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.pooling import Pooling
-from pallas_kernels.block_selection.problem import Problem, Rules
+from pallas_kernels.block_selection.problem import Problem, Rules, check_rules, make_rules
 from pallas_kernels.dispatch import Shaped
 
 type SelectionImplementation = Literal["auto", "strict", "mosaic_gpu", "xla", "reference"]
@@ -111,22 +110,20 @@ def select_blocks(
     key_score_BSK,
     window_keys_BWKD,
   )
-  rules = Rules(
+  rules = make_rules(
     block_size=block_size,
     num_blocks=num_blocks,
-    num_by_query=num_blocks if num_by_query is None else num_by_query,
+    num_by_query=num_by_query,
     num_initial=num_initial,
     num_local=num_local,
-    pooling=poolings.whole_blocks(block_size) if pooling is None else pooling,
+    pooling=pooling,
     rule=rule,
     scale=q_BTHD.shape[-1] ** -0.5 if scale is None else scale,
     normalizer=normalizer,
   )
   _check_arrays(problem, query_offset)
   _check_windows(problem, rules)
-  _check_rules(rules, has_key_scores=key_score_BSK is not None)
-  if (key_score_BSK is None) != (num_by_query is None):
-    raise ValueError("key_score and num_by_query belong together; give both or neither")
+  check_rules(rules, num_by_query, has_key_scores=key_score_BSK is not None)
   problem = jax.lax.stop_gradient(problem)
   backend = _choose(problem, rules, implementation).backend
   if backend == "reference":
@@ -172,13 +169,13 @@ def choose_block_selection(
     KeyError: no such implementation.
   """
   problem = Problem(q_BTHD, k_BSKD, jax.ShapeDtypeStruct((), jnp.int32), None, None)
-  rules = Rules(
+  rules = make_rules(
     block_size=block_size,
     num_blocks=num_blocks,
-    num_by_query=num_blocks if num_by_query is None else num_by_query,
+    num_by_query=num_by_query,
     num_initial=num_initial,
     num_local=num_local,
-    pooling=poolings.whole_blocks(block_size) if pooling is None else pooling,
+    pooling=pooling,
     rule=rule,
     scale=1.0,
     normalizer=normalizer,
@@ -226,37 +223,3 @@ def _check_windows(problem: Problem, rules: Rules) -> None:
     raise ValueError("scores of keys go with the largest of mean windows alone")
   if keys_BWKD is not None and rules.normalizer is not None:
     raise ValueError("given keys of windows are normalised over these windows alone")
-
-
-def _check_rules(rules: Rules, *, has_key_scores: bool) -> None:
-  size, m, pooling = rules.block_size, rules.num_blocks, rules.pooling
-  if size < 1 or m < 1 or rules.num_local < 1 or rules.num_initial < 0:
-    raise ValueError(
-      f"block_size={size}, num_blocks={m} and num_local={rules.num_local} must be at least "
-      f"1, num_initial={rules.num_initial} at least 0"
-    )
-  forced = rules.num_initial + rules.num_local
-  if forced > rules.num_by_query or rules.num_by_query > m:
-    raise ValueError(
-      f"{forced} forced blocks, {rules.num_by_query} that queries choose (forced ones among "
-      f"them) and {m} in all must not descend"
-    )
-  if min(pooling.size, pooling.stride, pooling.count) < 1 or size % pooling.stride:
-    raise ValueError(f"windows {pooling} do not divide blocks of {size} keys into strides")
-  normalizer = rules.normalizer
-  if normalizer is not None and min(normalizer.size, normalizer.stride) < 1:
-    raise ValueError(f"windows {normalizer} to normalise over have no size or no stride")
-  if has_key_scores and pooling.reach() > rules.num_local * size + 1:
-    raise ValueError(
-      f"windows {pooling} reach {pooling.reach()} keys from the beginning of a block, beyond "
-      f"what a query can see of one that is not forced; raise num_local={rules.num_local}"
-    )
-  if rules.rule not in ("exact", "half_local"):
-    raise KeyError(f"no selection rule {rules.rule!r}: exact or half_local")
-  if rules.rule == "half_local":
-    if m % 2:
-      raise ValueError(f"num_blocks={m} must be even for rule='half_local'")
-    if rules.num_initial or rules.num_local > 1 or has_key_scores:
-      raise ValueError(
-        "rule='half_local' takes neither num_initial, num_local above 1, nor scores of keys"
-      )

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_selection import by_key, plan, xla
-from pallas_kernels.block_selection import pooling as poolings
 from pallas_kernels.block_selection.pooling import Pooling
-from pallas_kernels.block_selection.problem import Rules
+from pallas_kernels.block_selection.problem import check_rules, make_rules
 
 
 def select_blocks_of_token(
@@ -49,20 +48,25 @@ def select_blocks_of_token(
     window_score_BWK: with `num_by_query`, means of the scores of keys over the windows.
 
   Raises:
-    ValueError: other numbers of windows than `num_keys` keys complete.
+    ValueError: numbers that do not fit together, or other numbers of windows than `num_keys`
+      keys complete; the message names them.
+    KeyError: no such rule.
   """
-  rules = Rules(
+  rules = make_rules(
     block_size=block_size,
     num_blocks=num_blocks,
-    num_by_query=num_blocks if num_by_query is None else num_by_query,
+    num_by_query=num_by_query,
     num_initial=num_initial,
     num_local=num_local,
-    pooling=poolings.whole_blocks(block_size) if pooling is None else pooling,
+    pooling=pooling,
     rule=rule,
     scale=q_BHD.shape[-1] ** -0.5,
     normalizer=normalizer,
   )
-  _check(rules.pooling, window_keys_BWKD, num_keys)
+  check_rules(rules, num_by_query, has_key_scores=window_score_BWK is not None)
+  _check_windows("keys", rules.pooling, window_keys_BWKD, num_keys)
+  if window_score_BWK is not None:
+    _check_windows("scores", rules.pooling, window_score_BWK, num_keys)
   q_B1HD, position_B1 = q_BHD[:, None], position_B[:, None]
   first_B1 = jnp.zeros_like(position_B1)
   bounds = plan.bounds_at(position_B1, first_B1, rules)
@@ -70,7 +74,7 @@ def select_blocks_of_token(
 
   lse = None
   if normalizer is not None:
-    _check(normalizer, coarse_keys_BWKD, num_keys)
+    _check_windows("coarse keys", normalizer, coarse_keys_BWKD, num_keys)
     if coarse_keys_BWKD.shape[1]:
       coarse = dataclasses.replace(rules, pooling=normalizer)
       seen = plan.bounds_at(position_B1, first_B1, coarse)
@@ -90,9 +94,9 @@ def select_blocks_of_token(
   return lists_B1KQ[:, 0]
 
 
-def _check(pooling: Pooling, keys_BWKD: jax.Array, num_keys: int) -> None:
-  wanted = pooling.num_windows(num_keys)
-  if keys_BWKD.shape[1] != wanted:
+def _check_windows(what: str, pooling: Pooling, x_BW: jax.Array | None, num_keys: int) -> None:
+  wanted, found = pooling.num_windows(num_keys), 0 if x_BW is None else x_BW.shape[1]
+  if found != wanted:
     raise ValueError(
-      f"{num_keys} keys complete {wanted} windows {pooling}, got {keys_BWKD.shape[1]}"
+      f"{num_keys} keys complete {wanted} windows {pooling}, got {what} of {found}"
     )

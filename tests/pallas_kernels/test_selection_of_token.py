@@ -1,5 +1,7 @@
 """Lists of single tokens are those that the token has in its row."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,9 +75,27 @@ def test_a_token_lists_what_it_lists_in_its_row(name):
   assert as_sets(lists[:, None]) == as_sets(row[0, position][:, None])
 
 
-def test_windows_must_be_those_of_the_keys():
-  q, windows = jnp.ones((1, 2, 8)), jnp.ones((1, 9, 1, 8))
-  with pytest.raises(ValueError, match=r"80 keys complete 10 windows .*, got 9"):
-    pallas_kernels.select_blocks_of_token(
-      q, windows, jnp.zeros(1, jnp.int32), num_keys=80, block_size=8, num_blocks=2
-    )
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(num_keys=72), r"72 keys complete 9 windows .*, got keys of 10"),
+    (
+      dict(normalizer=poolings.Pooling(16, 16, 0, 1)),
+      r"80 keys complete 5 windows .*, got coarse keys of 0",
+    ),
+    (
+      dict(num_by_query=1, window_score_BWK=jnp.ones((1, 9, 1))),
+      r"80 keys complete 10 windows .*, got scores of 9",
+    ),
+    (dict(num_by_query=1), "belong together"),
+    (dict(num_local=3), "3 forced blocks, 2 that queries choose"),
+    (dict(rule="half_local", num_blocks=3), "num_blocks=3 must be even"),
+  ],
+)
+def test_what_does_not_fit_is_refused(options, message):
+  q, windows = jnp.ones((1, 2, 8)), jnp.ones((1, 10, 1, 8))
+  options = dict(num_keys=80, block_size=8, num_blocks=2) | options
+  # Unwrapped, since the hook that checks array types would see mismatched shapes first.
+  select = inspect.unwrap(pallas_kernels.select_blocks_of_token)
+  with pytest.raises(ValueError, match=message):
+    select(q, windows, jnp.zeros(1, jnp.int32), **options)
