@@ -84,11 +84,15 @@ def remembers(options: Options, stream: Stream, length: int) -> dict[str, Kind]:
 
 
 def most_pages(options: Options, stream: Stream, length: int) -> int:
-  """Pages that a token reads at most in a layer of these settings; see `remembers`."""
+  """Pages that a token reads at most, in any layer; see `remembers`."""
   num_pages = -(-length // options.block_size)
-  if stream == "full" or options.is_always_full:
-    return num_pages
-  return min(num_pages, sparse_method(options).most_pages(options, length))
+
+  def of_layer(own: Options) -> int:
+    if stream == "full" or own.is_always_full:
+      return num_pages
+    return min(num_pages, sparse_method(own).most_pages(own, length))
+
+  return max(of_layer(options.of_layer(place)) for place in range(len(options.pattern)))
 
 
 def make_method(options: Options, kernel_init: nn.initializers.Initializer):

@@ -186,7 +186,7 @@ def choose_decoding(
   """
   b, k = room.batch, room.num_kv_heads
   layers = [options.of_layer(place) for place in range(len(options.pattern))]
-  most = max(attention.most_pages(own, stream, room.length) for own in layers)
+  most = attention.most_pages(options, stream, room.length)
   has_bias = any("bias" in attention.remembers(own, stream, room.length) for own in layers)
   parts = {"k": ((room.head_dim,), room.dtype), "v": ((room.head_dim,), room.dtype)}
   if has_bias:

@@ -20,8 +20,6 @@ import pallas_kernels
 from sparsejax.attention import slots
 
 HOST = "pinned_host"
-# What is -1 where a slot has no page.
-_FREE = ("slots/page", "slots/used")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,10 +221,13 @@ def _write_back(arrays: Arrays, place: Place, names: list[str], own_R) -> Arrays
   return arrays | dict(zip(names, stores, strict=True))
 
 
-def without_slots(arrays: Arrays) -> Arrays:
-  """The same with nothing in any slot."""
-  free = {name: jnp.full_like(arrays[name], -1) for name in _FREE if name in arrays}
-  return arrays | free
+def release(arrays: Arrays, rows_B: jax.Array) -> Arrays:
+  """The same with nothing in the slots of some rows, where there are slots; bool [B]."""
+  if "slots/page" not in arrays:
+    return arrays
+  held = slots.Slots(arrays["slots/page"], arrays["slots/used"])
+  page_LBKC, used_LBKC = jax.vmap(slots.release, (0, None))(held, rows_B)
+  return arrays | {"slots/page": page_LBKC, "slots/used": used_LBKC}
 
 
 def fill(x_LBTK: jax.Array, room: Room) -> jax.Array:
@@ -263,9 +264,5 @@ def put_row(arrays: Arrays, filled: Arrays, num_rows: int, room: Room, row) -> A
     return arrays | after
 
   arrays = jax.lax.fori_loop(0, num_layers, put, arrays)
-  if room.num_slots is None:
-    return arrays
   # Nothing of the row that was is in a slot any more.
-  is_row = (jnp.arange(room.batch) == row)[None, :, None, None]
-  freed = {name: jnp.where(is_row, -1, arrays[name]) for name in _FREE}
-  return arrays | freed
+  return release(arrays, jnp.arange(room.batch) == row)

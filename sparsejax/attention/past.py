@@ -33,21 +33,18 @@ class Kind:
   source: str
   is_scalar: bool = False
 
-  def spec(self, room: Room) -> jax.ShapeDtypeStruct:
-    """Shape and dtype for one layer, of all but pages."""
-    shape = self._shape(room)
-    if self.is_scalar:
-      return jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.ShapeDtypeStruct((*shape, room.head_dim), room.dtype)
+  def part(self, room: Room) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of what one token and key head has."""
+    return ((), "float32") if self.is_scalar else ((room.head_dim,), room.dtype)
+
+  def _spec(self, shape: tuple[int, ...], room: Room) -> jax.ShapeDtypeStruct:
+    part, dtype = self.part(room)
+    return jax.ShapeDtypeStruct((*shape, room.num_kv_heads, *part), dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pages(Kind):
-  """What every token has, in pages: token t in page t // X. See `pages`."""
-
-  def part(self, room: Room) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of a token's part."""
-    return ((), "float32") if self.is_scalar else ((room.head_dim,), room.dtype)
+  """What every token has, in pages: token t in page t // X. `pages.specs` says what is kept."""
 
   def fill(self, x_LBTK, lengths_B, room: Room) -> jax.Array:
     del lengths_B
@@ -60,8 +57,9 @@ class Last(Kind):
 
   size: int = 1
 
-  def _shape(self, room: Room) -> tuple[int, ...]:
-    return room.batch, self.size, room.num_kv_heads
+  def spec(self, room: Room) -> jax.ShapeDtypeStruct:
+    """For one layer."""
+    return self._spec((room.batch, self.size), room)
 
   def fill(self, x_LBTK, lengths_B, room: Room) -> jax.Array:
     del room
@@ -84,8 +82,9 @@ class Windows(Kind):
   pooling: pallas_kernels.Pooling | None = None
   last: str | None = None
 
-  def _shape(self, room: Room) -> tuple[int, ...]:
-    return room.batch, self.pooling.num_windows(room.length), room.num_kv_heads
+  def spec(self, room: Room) -> jax.ShapeDtypeStruct:
+    """For one layer."""
+    return self._spec((room.batch, self.pooling.num_windows(room.length)), room)
 
   def fill(self, x_LBTK, lengths_B, room: Room) -> jax.Array:
     del lengths_B

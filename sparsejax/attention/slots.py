@@ -43,12 +43,6 @@ class Plan(NamedTuple):
   misses_BK: jax.Array
 
 
-def empty(batch: int, kv_heads: int, num_slots: int) -> Slots:
-  """Returns `num_slots` free slots for every row and head."""
-  free_BKC = jnp.full((batch, kv_heads, num_slots), -1, jnp.int32)
-  return Slots(free_BKC, free_BKC)
-
-
 def plan(slots: Slots, wanted_BKM: jax.Array, step: int | jax.Array) -> Plan:
   """Finds a slot for every wanted block.
 

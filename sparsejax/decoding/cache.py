@@ -89,7 +89,8 @@ def make(spec: Cache) -> Cache:
     return jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
 
   cache = jax.tree.map(zeros, spec)
-  return cache.replace(arrays=tuple(pages.without_slots(own) for own in cache.arrays))
+  all_B = jnp.ones(spec.room.batch, bool)
+  return cache.replace(arrays=tuple(pages.release(own, all_B) for own in cache.arrays))
 
 
 def check_slots(
@@ -105,9 +106,7 @@ def check_slots(
   """
   if room.num_slots is None:
     return
-  options = transformer.options
-  layers = [options.of_layer(place) for place in range(len(options.pattern))]
-  most = max(attention.most_pages(own, stream, room.length) for own in layers)
+  most = attention.most_pages(transformer.options, stream, room.length)
   if room.num_slots < most:
     raise errors.ConfigError(
       f"num_slots={room.num_slots} is less than the {most} pages of {room.page_size} tokens "

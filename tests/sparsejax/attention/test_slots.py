@@ -13,6 +13,12 @@ STEPS = 200
 plan = jax.jit(plans.plan)
 
 
+def empty(batch, kv_heads, num_slots):
+  """Slots that have held something, all of them free."""
+  block_BKC = jnp.arange(batch * kv_heads * num_slots).reshape(batch, kv_heads, num_slots)
+  return plans.release(plans.Slots(block_BKC, block_BKC), jnp.ones(batch, bool))
+
+
 class Cache:
   """The slots of one row and head: a dict of what lies where, and a list by last use."""
 
@@ -69,7 +75,7 @@ def random_list(rng, m, num_blocks):
 def test_it_is_an_lru_cache(num_slots, seed, num_blocks):
   b, k, m = 2, 2, 6
   rng = np.random.default_rng(seed)
-  slots = plans.empty(b, k, num_slots)
+  slots = empty(b, k, num_slots)
   caches = {place: Cache(num_slots) for place in np.ndindex(b, k)}
   for step in range(STEPS):
     wanted = np.stack([random_list(rng, m, num_blocks) for _ in caches])
@@ -95,7 +101,7 @@ def run(slots, wanted, step):
 
 
 def test_who_has_waited_longest_goes_and_among_equals_the_lower_slot():
-  slots = run(plans.empty(1, 1, 4), [7, 8, 9], 0).slots
+  slots = run(empty(1, 1, 4), [7, 8, 9], 0).slots
   slots = run(slots, [8, -1, -1], 1).slots
   np.testing.assert_array_equal(slots.block_BKC[0, 0], [7, 8, 9, -1])
   np.testing.assert_array_equal(slots.used_BKC[0, 0], [0, 1, 0, -1])
@@ -110,7 +116,7 @@ def test_who_has_waited_longest_goes_and_among_equals_the_lower_slot():
 
 
 def test_a_list_that_repeats_or_has_nothing_moves_nothing():
-  slots = run(plans.empty(1, 1, 3), [5, 6, 4], 0).slots
+  slots = run(empty(1, 1, 3), [5, 6, 4], 0).slots
   found = run(slots, [6, 6, -1], 1)
   np.testing.assert_array_equal(found.slot_BKM[0, 0], [1, -1, -1])
   np.testing.assert_array_equal(found.load_BKM, -1)
@@ -123,9 +129,9 @@ def test_a_list_that_repeats_or_has_nothing_moves_nothing():
 
 def test_released_rows_begin_anew_and_others_go_on():
   wanted = jnp.arange(12, dtype=jnp.int32).reshape(3, 2, 2)
-  slots = plan(plans.empty(3, 2, 4), wanted, 0).slots
+  slots = plan(empty(3, 2, 4), wanted, 0).slots
   slots = plans.release(slots, jnp.array([False, True, False]))
-  assert plans.empty(1, 2, 4).block_BKC.dtype == slots.block_BKC.dtype == jnp.int32
+  assert empty(1, 2, 4).block_BKC.dtype == slots.block_BKC.dtype == jnp.int32
   jax.tree.map(lambda x: np.testing.assert_array_equal(x[1], -1), slots)
   found = plan(slots, wanted, 1)
   np.testing.assert_array_equal(found.misses_BK, [[0, 0], [2, 2], [0, 0]])
@@ -143,7 +149,7 @@ def test_it_is_comparisons_and_sums():
 
 
 def test_wrong_input_is_refused():
-  slots = plans.empty(1, 2, 4)
+  slots = empty(1, 2, 4)
   with pytest.raises(ValueError, match="4 slots have no room for 5 wanted blocks"):
     plan(slots, jnp.zeros((1, 2, 5), jnp.int32), 0)
   with pytest.raises(ValueError, match=r"wanted blocks must be \(1, 2, 'M'\), got \(2, 2, 3\)"):

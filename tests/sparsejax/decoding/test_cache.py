@@ -110,9 +110,7 @@ def test_pages_on_the_host_give_the_same_bits(name):
     transformer = transformer.clone(
       options=dataclasses.replace(options, layer_methods=("sliding_window", "moba"))
     )
-  pattern = transformer.options.pattern
-  layers = [transformer.options.of_layer(place) for place in range(len(pattern))]
-  num_slots = max(attention.most_pages(own, "sparse", LENGTH) for own in layers)
+  num_slots = attention.most_pages(transformer.options, "sparse", LENGTH)
   assert num_slots < -(-LENGTH // SIZE)
   room = caches.room(transformer, batch=num_rows, length=LENGTH, num_slots=num_slots)
   one = dataclasses.replace(room, batch=1)
