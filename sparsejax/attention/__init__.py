@@ -29,6 +29,7 @@ __all__ = [
   "NsaOptions",
   "Options",
   "SsaOptions",
+  "dense_length",
   "make_method",
   "most_pages",
   "remembers",
@@ -81,6 +82,12 @@ def remembers(options: Options, stream: Stream, length: int) -> dict[str, Kind]:
   if options.method == "full" and (stream == "full" or options.is_always_full):
     return KEYS_AND_VALUES
   return sparse_method(options).remembers(options, stream, length)
+
+
+def dense_length(options: Options) -> int:
+  """Rows of fewer tokens run the full stream in some layer, whatever was asked for."""
+  layers = [options.of_layer(place) for place in range(len(options.pattern))]
+  return max(sparse_method(own).dense_length(own) for own in layers)
 
 
 def most_pages(options: Options, stream: Stream, length: int) -> int:

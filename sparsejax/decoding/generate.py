@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from sparsejax import errors, model, sharding
+from sparsejax import attention, errors, model, sharding
 from sparsejax.attention import backends, method, past
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import sampling as samplings
@@ -73,6 +73,7 @@ def generate(
     stream=stream,
     mesh=mesh,
     sampling=sampling or samplings.Sampling(),
+    seed=seed,
     num_ids=num_ids,
     rows=rows,
     length=length or longest + max_new_tokens,
@@ -83,8 +84,6 @@ def generate(
   texts, stop_ids = [[] for _ in prompts], frozenset(stop_ids)
   waiting = iter(range(len(prompts)))
   in_row: list[int | None] = [None] * rows
-  key = jax.random.key(seed)
-  keys = [jax.random.fold_in(key, number) for number in range(len(prompts))]
 
   def take(row: int, token: int) -> None:
     number = in_row[row]
@@ -99,18 +98,17 @@ def generate(
       # A text may end with its first token.
       while in_row[row] is None and (number := next(waiting, None)) is not None:
         in_row[row] = number
-        take(row, decoder.begin(row, prompts[number], jax.random.fold_in(keys[number], 0)))
+        take(row, decoder.begin(row, prompts[number], number))
     busy = [row for row in range(rows) if in_row[row] is not None]
     if not busy:
       return texts
-    last, row_keys = np.zeros(rows, np.int32), [key] * rows
+    last, numbers, places = np.zeros((3, rows), np.int32)
     for row in busy:
       text = texts[in_row[row]]
-      last[row] = text[-1]
-      row_keys[row] = jax.random.fold_in(keys[in_row[row]], len(text))
-    for row, token in enumerate(decoder.step(last, jnp.stack(row_keys))):
-      if in_row[row] is not None:
-        take(row, int(token))
+      last[row], numbers[row], places[row] = text[-1], in_row[row], len(text)
+    tokens = decoder.step(last, numbers, places)
+    for row in busy:
+      take(row, int(tokens[row]))
 
 
 class Decoder:
@@ -130,6 +128,7 @@ class Decoder:
     stream: method.Stream,
     mesh: jax.sharding.Mesh,
     sampling: samplings.Sampling,
+    seed: int,
     num_ids: int | None,
     rows: int,
     length: int,
@@ -149,7 +148,8 @@ class Decoder:
     self.backends = backends.choose_decoding(
       options, stream, room, num_heads=shape.num_attention_heads
     )
-    self._draw = functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids)
+    self._key = jax.random.key(seed)
+    self._draw_with = functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids)
     spec = caches.spec(self._transformer, stream, self._room)
     caches.check_slots(self._transformer, stream, self._room, mesh)
     caches.check_size(spec, caches.free_bytes(), caches.host_limit())
@@ -158,26 +158,43 @@ class Decoder:
     self._begin = jax.jit(self._begin_row, donate_argnums=1)
     self._step = jax.jit(self._step_rows, donate_argnums=1)
 
-  def begin(self, row: int, prompt: Sequence[int], key: jax.Array) -> int:
-    """Forgets what a row holds and reads a prompt into it; the id drawn after it."""
-    padded = np.zeros((1, min(self._room.length, _power_of_two(len(prompt)))), np.int32)
+  def begin(self, row: int, prompt: Sequence[int], number: int) -> int:
+    """Forgets what a row holds and reads a prompt into it; the id drawn after it.
+
+    Args:
+      row: which.
+      prompt: ids.
+      number: of the prompt, on which draws depend.
+    """
+    padded = np.zeros((1, self._padded(len(prompt))), np.int32)
     padded[0, : len(prompt)] = prompt
     with sharding.use(self._mesh):
       token, self._cache = self._begin(
-        self._params, self._cache, row, padded, np.int32(len(prompt)), key
+        self._params, self._cache, row, padded, np.int32(len(prompt)), np.int32(number)
       )
       return int(token)
 
-  def step(self, ids_B: np.ndarray, keys_B: jax.Array) -> np.ndarray:
-    """Takes one id of every row; those drawn after it. Rows not in use are read like others."""
+  def step(self, ids_B: np.ndarray, numbers_B: np.ndarray, places_B: np.ndarray) -> np.ndarray:
+    """Takes one id of every row; those drawn after it. Rows not in use are read like others.
+
+    Args:
+      ids_B: the ids.
+      numbers_B: of the prompts in the rows.
+      places_B: of what is drawn, in the texts that follow them.
+    """
     missing = self._room.batch - self._rows
-    ids_B = np.pad(ids_B, (0, missing))
-    keys_B = jnp.concatenate([keys_B, jnp.repeat(keys_B[-1:], missing, axis=0)])
+    given = [np.pad(x_B, (0, missing)) for x_B in (ids_B, numbers_B, places_B)]
     with sharding.use(self._mesh):
-      tokens_B, self._cache = self._step(self._params, self._cache, ids_B, keys_B)
+      tokens_B, self._cache = self._step(self._params, self._cache, *given)
       return jax.device_get(tokens_B)[: self._rows]
 
-  def _begin_row(self, params, cache: past.Cache, row, ids_1T, length, key):
+  def _padded(self, length: int) -> int:
+    """How long a prompt is made: a power of two, unless it would count as long by that."""
+    padded = min(self._room.length, 1 << (length - 1).bit_length())
+    dense = attention.dense_length(self._transformer.options)
+    return dense - 1 if length < dense <= padded else padded
+
+  def _begin_row(self, params, cache: past.Cache, row, ids_1T, length, number):
     ids_BT = jnp.repeat(ids_1T, self._devices, axis=0)
     logits_BV, filled = caches.prefill(
       self._transformer,
@@ -187,12 +204,18 @@ class Decoder:
       stream=self._stream,
       room=dataclasses.replace(self._room, batch=len(ids_BT)),
     )
-    (token,) = self._draw(logits_BV[:1], key[None])
+    (token,) = self._draw(logits_BV[:1], number[None], jnp.zeros(1, jnp.int32))
     return token, cache.with_row(row, filled)
 
-  def _step_rows(self, params, cache: past.Cache, ids_B, keys_B):
+  def _step_rows(self, params, cache: past.Cache, ids_B, numbers_B, places_B):
     logits_BV, cache = caches.step(self._transformer, params, cache, ids_B, stream=self._stream)
-    return self._draw(logits_BV, keys_B), cache
+    return self._draw(logits_BV, numbers_B, places_B), cache
+
+  def _draw(self, logits_BV, numbers_B, places_B):
+    """By a key for each prompt and place in its text."""
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    keys_B = jax.vmap(jax.random.fold_in)(fold(self._key, numbers_B), places_B)
+    return self._draw_with(logits_BV, keys_B)
 
 
 def _check(prompts, max_new_tokens: int, rows: int, length: int | None, vocab_size: int) -> int:
@@ -214,7 +237,3 @@ def _check(prompts, max_new_tokens: int, rows: int, length: int | None, vocab_si
         f"{length=} of a row; shorten either, or raise length."
       )
   return max(map(len, prompts), default=0)
-
-
-def _power_of_two(x: int) -> int:
-  return 1 << (x - 1).bit_length()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax import attention
+from sparsejax import attention, model
 from sparsejax.attention import pages, past
 from sparsejax.decoding import cache as caches
 from tests import small
@@ -68,35 +68,69 @@ STREAMS = [(name, "sparse") for name in METHODS]
 STREAMS += [(name, "full") for name in ("full", "ssa_nosa", "nsa", "in_turn")]
 
 
-@pytest.mark.parametrize(("name", "stream"), STREAMS)
-def test_token_by_token_is_all_at_once(name, stream):
-  transformer, params = model_of(name)
-  ids = tokens()
-  room = caches.room(transformer, batch=len(PROMPTS), length=LENGTH)
+def at_once(transformer, params, ids, stream):
+  """Logits after every token of whole rows."""
 
   @jax.jit
-  def whole(params, ids):
-    positions = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
+  def run(params, ids):
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     output = transformer.apply(
       {"params": params}, ids, positions, jnp.ones_like(ids), stream=stream
     )
-    return caches.model.logits(params, output.hidden_BTE)
+    return model.logits(params, output.hidden_BTE)
 
-  expected = np.asarray(whole(params, ids))
+  return np.asarray(run(params, ids))
+
+
+def token_by_token(transformer, params, ids, stream):
+  """Numbers of tokens that rows have, and logits after the last of them: prompts, then more."""
+  room = caches.room(transformer, batch=len(PROMPTS), length=LENGTH)
   longest = int(PROMPTS.max())
   # Behind a row's prompt there may be anything.
   prompts = jnp.where(jnp.arange(longest)[None] < PROMPTS[:, None], ids[:, :longest], 7)
   run = functools.partial(caches.prefill, transformer, stream=stream, room=room)
   logits, cache = jax.jit(run)(params, prompts, jnp.asarray(PROMPTS))
   step = jax.jit(functools.partial(caches.step, transformer, stream=stream), donate_argnums=1)
-  for taken in range(LENGTH - longest):
-    at = PROMPTS + taken
-    for row, position in enumerate(at):
+  for lengths in PROMPTS + np.arange(LENGTH - longest)[:, None]:
+    np.testing.assert_array_equal(cache.lengths_B, lengths)
+    yield lengths, logits
+    logits, cache = step(params, cache, ids[jnp.arange(len(lengths)), lengths])
+
+
+@pytest.mark.parametrize(("name", "stream"), STREAMS)
+def test_token_by_token_is_all_at_once(name, stream):
+  transformer, params = model_of(name)
+  ids = tokens()
+  expected = at_once(transformer, params, ids, stream)
+  for lengths, logits in token_by_token(transformer, params, ids, stream):
+    for row, length in enumerate(lengths):
       np.testing.assert_allclose(
-        logits[row], expected[row, position - 1], rtol=2e-4, atol=2e-4, err_msg=str(position)
+        logits[row], expected[row, length - 1], rtol=2e-4, atol=2e-4, err_msg=str(length)
       )
-    logits, cache = step(params, cache, ids[jnp.arange(len(at)), at])
-  np.testing.assert_array_equal(cache.lengths_B, PROMPTS + LENGTH - longest)
+
+
+def test_rows_that_are_still_short_are_read_whole():
+  """With one layer, whose keys do not depend on what was read before."""
+  dense, ids = 30, tokens()
+  changes = dict(attention__method="infllmv2", attention__block_size=SIZE)
+  long, short = (
+    caches.for_decoding(
+      small.make_model(**changes, model__num_hidden_layers=1, infllmv2__dense_length=length)
+    )
+    for length in (0, dense)
+  )
+  params = small.make_params(long, scale=4.0)
+  expected = {stream: at_once(long, params, ids, stream) for stream in ("full", "sparse")}
+  assert not np.allclose(expected["full"][:, dense:], expected["sparse"][:, dense:], atol=1e-2)
+  read = set()
+  for lengths, logits in token_by_token(short, params, ids, "sparse"):
+    for row, length in enumerate(lengths):
+      stream = "full" if length < dense else "sparse"
+      read.add((row, stream))
+      np.testing.assert_allclose(
+        logits[row], expected[stream][row, length - 1], rtol=2e-4, atol=2e-4
+      )
+  assert len(read) == 4  # each row when it is short, and when it is long
 
 
 @pytest.mark.parametrize("name", ["nosa", "nsa_shared", "in_turn"])

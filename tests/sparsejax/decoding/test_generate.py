@@ -57,6 +57,40 @@ def test_greedy_texts_are_those_of_the_whole_row():
       assert text[n] == following(ids, len(prompt) + n)
 
 
+def test_a_prompt_is_as_long_as_it_is():
+  """A row of 5 is read whole though one of 8, which it is padded to, would not be."""
+  transformer = small.make_model(attention__method="infllmv2", infllmv2__dense_length=7)
+  _, params, mesh = make()
+  read = []
+
+  def watch(decoder):
+    begin = decoder._begin
+
+    def remember(params, cache, row, padded, *rest):
+      read.append(padded.shape[1])
+      return begin(params, cache, row, padded, *rest)
+
+    decoder._begin = remember
+    return decoder
+
+  decoder = watch(
+    generation.Decoder(
+      transformer,
+      params,
+      stream="sparse",
+      mesh=mesh,
+      sampling=GREEDY,
+      seed=0,
+      num_ids=None,
+      rows=1,
+      length=30,
+    )
+  )
+  for length in (3, 5, 6, 7, 9, 17):
+    decoder.begin(0, [1] * length, 0)
+  assert read == [4, 6, 6, 8, 16, 32]
+
+
 def test_a_draw_depends_on_the_seed_and_the_prompt_alone():
   free = samplings.Sampling()
   texts = generate(sampling=free, seed=3)
