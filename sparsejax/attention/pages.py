@@ -33,7 +33,8 @@ class Room:
     dtype: of keys and values.
     num_slots: pages of a row and key head on the device, where the rest is on the host; None
       where all are on the device.
-    kernels: `auto`, or `strict` where attention and fetches must run on GPU kernels.
+    kernels: `auto`, or `strict` where attention and fetches must run on GPU kernels; what
+      chooses pages, and what writes them to the host, is XLA either way.
   """
 
   batch: int

@@ -6,7 +6,6 @@ and copies in its place; the instructions themselves only a GPU tests.
 """
 
 import functools
-import inspect
 import re
 
 import jax
@@ -18,37 +17,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import choose_fetch_pages, choose_write_pages
 from pallas_kernels.fetch_pages import mosaic_gpu
-
-P, S, X, D, R = 13, 9, 4, 8, 6
-# Pages and rows that do not exist, at either end.
-NO_PAGES = -1, -P, P, 2**31 - 1
-NO_ROWS = -1, -S, S, 2**31 - 1
-
-
-def put(tree, kind):
-  device = jax.devices()[0]
-  return jax.device_put(tree, jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
-
-
-def make(length, rng, x=X, d=D):
-  """Keys, values and biases of any bits, NaNs among them."""
-  keys, values = rng.integers(0, 2**16, (2, length, x, d), dtype=np.uint16)
-  bias = rng.integers(0, 2**32, (length, x), dtype=np.uint32)
-  return keys.view(jnp.bfloat16), values.view(jnp.bfloat16), bias.view(np.float32)
-
-
-def make_lists(rng, distinct, p=P, s=S, r=R):
-  """Different rows, or different pages, in some entries; in the others none, or no such one."""
-  pages, rows = rng.integers(0, p, r), rng.integers(0, s, r)
-  if distinct == "rows":
-    rows = rng.permutation(s)[:r]
-  else:
-    pages = rng.permutation(p)[:r]
-  pages = np.where(rng.random(r) < 0.3, rng.choice(NO_PAGES, r), pages)
-  rows = np.where(rng.random(r) < 0.1, rng.choice(NO_ROWS, r), rows)
-  return jnp.asarray(pages, jnp.int32), jnp.asarray(rows, jnp.int32)
+from tests.pallas_kernels.pages import P, R, S, large, make, make_lists, put
 
 
 def move(sources, targets, from_R, to_R):
@@ -182,19 +152,6 @@ def test_donated_stores_stay_where_they_are():
     assert {x.sharding.memory_kind for x in stores} == {"pinned_host"}
 
 
-def large(kind, num_pages=2048, num_slots=16, x=16, d=64, r=8):
-  """Stores far larger than slots, and lists.
-
-  They are arrays, because JAX traces a shape that lies on the host as if it did not.
-  """
-
-  def arrays(length, kind):
-    page = jnp.zeros((length, x, d), jnp.bfloat16)
-    return put((page, page + 1, jnp.zeros((length, x))), kind)
-
-  return arrays(num_pages, kind), arrays(num_slots, "device"), *[jnp.arange(r)] * 2
-
-
 def assert_stores_are_not_copied(compiled, stores):
   text = compiled.as_text()
   for store in stores:
@@ -287,119 +244,6 @@ def test_over_a_mesh_every_device_moves_its_own_pages():
     disabled_checks=[export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
   )(*arrays)
   assert lowered.mlir_module().count("custom_call @mosaic_gpu_v2") == 1
-
-
-class FakeDevice:
-  """What choosing looks at."""
-
-  platform = "gpu"
-  device_kind = "NVIDIA Test"
-
-  def __init__(self, compute_capability):
-    self.compute_capability = compute_capability
-
-
-@pytest.mark.parametrize(
-  ("kind", "implementation", "said"),
-  [
-    ("device", None, "resident (the first choice)"),
-    (
-      "pinned_host",
-      None,
-      "dma (resident needs stores in device memory; mosaic_gpu runs by name or with strict)",
-    ),
-    ("device", "strict", "mosaic_gpu (strict)"),
-    ("pinned_host", "strict", "mosaic_gpu (strict)"),
-    ("pinned_host", "mosaic_gpu", "mosaic_gpu (asked for)"),
-  ],
-)
-def test_on_hopper_the_kernel_runs_where_it_is_asked_for(
-  kind, implementation, said, monkeypatch
-):
-  arrays = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), large(kind)
-  )
-  monkeypatch.setattr(jax, "devices", lambda: [FakeDevice("9.0")])
-  choice = choose_fetch_pages(*arrays, implementation=implementation)
-  assert str(choice) == f"fetch_pages: {said}"
-
-
-def test_choices_are_explained():
-  if jax.devices()[0].platform == "gpu":
-    pytest.skip("this machine has a GPU")
-  arrays = large("pinned_host")
-  why = "resident needs stores in device memory"
-  said = f"{why}; mosaic_gpu needs a Hopper GPU, this is cpu"
-  assert choose_fetch_pages(*arrays) == ("fetch_pages", "dma", said)
-  assert choose_write_pages(*arrays).backend == "dma"
-  assert choose_write_pages(*large("device")).backend == "resident"
-  rng = np.random.default_rng(5)
-  stores, slots = put(make(P, rng), "pinned_host"), put(make(S, rng), "device")
-  arrays = (stores, slots, *make_lists(rng, "rows"))
-  for operation in (pallas_kernels.fetch_pages, pallas_kernels.write_pages):
-    with pytest.raises(ValueError, match=f"='resident' cannot run: {why}; 'dma' runs anywhere"):
-      operation(*arrays, implementation="resident")
-  for choose in (choose_fetch_pages, choose_write_pages):
-    # Unwrapped, since the hook that checks types would see the unknown name first.
-    with pytest.raises(KeyError, match="no implementation 'tma' of "):
-      inspect.unwrap(choose)(*arrays, implementation="tma")
-  with pytest.raises(ValueError, match="='strict' cannot run: mosaic_gpu needs a Hopper GPU"):
-    pallas_kernels.fetch_pages(*arrays, implementation="strict")
-  with pytest.raises(ValueError, match="='strict' cannot run: it has no GPU kernel"):
-    pallas_kernels.write_pages(*arrays, implementation="strict")
-
-
-@pytest.mark.parametrize(
-  ("store", "message"),
-  [
-    (jax.ShapeDtypeStruct((5, 8, 16), jnp.int8), "takes bfloat16, .* not int8"),
-    (jax.ShapeDtypeStruct((5, 3, 4), jnp.bfloat16), "pages of a multiple of 16 bytes, not 24"),
-    (jax.ShapeDtypeStruct((5, 3, 4), jnp.float32), None),
-  ],
-)
-def test_what_the_kernel_cannot_take_is_said(store, message):
-  why = mosaic_gpu.why_not([store])
-  assert why is None if message is None else re.search(message, why)
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (dict(slots=[(5, 4, 8)]), "2 stores and 1 arrays of slots; have as many"),
-    (dict(stores=[], slots=[]), "0 stores and 0 arrays of slots"),
-    (
-      dict(slots=[(5, 4, 8), (5, 8)]),
-      r"pages of float32\[4\] do not fit into slots of float32\[8\]",
-    ),
-    (dict(dtype=jnp.bfloat16), r"of float32\[4, 8\] do not fit into slots of bfloat16\[4, 8\]"),
-    (dict(stores=[(7, 4, 8), (6, 4)]), r"stores must be equally long, got \[7, 6\]"),
-    (dict(slots=[(5, 4, 8), (6, 4)]), r"slots must be equally long, got \[5, 6\]"),
-    (dict(slot_kind="pinned_host"), "slots must be in device memory, got some in host memory"),
-    (
-      dict(kinds=["pinned_host", "device"]),
-      "must all be in host memory or all in device memory",
-    ),
-    (dict(pages=jnp.zeros(3)), r"pages must be int32 \[R\], got float32\[3\]"),
-    (
-      dict(rows=jnp.zeros((3, 1), jnp.int32)),
-      r"rows must be int32 \[R\], got int32\[3, 1\]",
-    ),
-    (dict(pages=jnp.zeros(2, jnp.int32)), "2 pages for 3 rows; have as many"),
-  ],
-)
-def test_wrong_input_is_refused(change, message):
-  shapes = dict(stores=[(7, 4, 8), (7, 4)], slots=[(5, 4, 8), (5, 4)]) | change
-  kinds = change.get("kinds", ["device"] * 2)[: len(shapes["stores"])]
-  stores = [
-    put(jnp.zeros(shape), kind) for shape, kind in zip(shapes["stores"], kinds, strict=True)
-  ]
-  dtype, kind = change.get("dtype", jnp.float32), change.get("slot_kind", "device")
-  slots = [put(jnp.zeros(shape, dtype), kind) for shape in shapes["slots"]]
-  pages, rows = (change.get(name, jnp.zeros(3, jnp.int32)) for name in ("pages", "rows"))
-  # Unwrapped, since the hook that checks array types would see mismatched shapes first.
-  for choose in (choose_fetch_pages, choose_write_pages):
-    with pytest.raises(ValueError, match=message):
-      inspect.unwrap(choose)(tuple(stores), tuple(slots), pages, rows)
 
 
 ON_GPU = [("dma", "pinned_host"), ("mosaic_gpu", "pinned_host"), ("mosaic_gpu", "device")]
