@@ -75,10 +75,13 @@ class Stream:
 
   def __init__(self, tokenizer, prompt: str):
     self._tokenizer, self._ids, self._written = tokenizer, [], 0
-    self._write(prompt)
+    # Shown with the first id: until then there may be other things to say.
+    self._prompt = prompt
 
   def __call__(self, number: int, token: int) -> None:
     del number  # there is one
+    if not self._ids:
+      self._write(self._prompt)
     self._ids.append(token)
     text = self._tokenizer.decode(self._ids)
     # Characters of several bytes may come in several tokens.

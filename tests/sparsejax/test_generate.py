@@ -32,6 +32,7 @@ class Letters:
 
 def test_a_character_of_several_tokens_is_shown_when_it_is_whole(capsys):
   shown, show = [], generate.Stream(Letters(), "a")
+  assert capsys.readouterr().out == ""
   for token in "bä€".encode():
     show(0, token)
     shown.append(capsys.readouterr().out)
