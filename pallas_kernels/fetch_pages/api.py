@@ -15,7 +15,7 @@ from pallas_kernels import devices, dispatch
 from pallas_kernels.fetch_pages import dma, mosaic_gpu, places, resident
 
 type FetchImplementation = Literal["auto", "strict", "resident", "mosaic_gpu", "dma"]
-type WriteImplementation = Literal["auto", "strict", "resident", "dma"]
+type WriteImplementation = FetchImplementation
 
 # What `auto` tries, in this order. The kernel has not run on a GPU in this form: until then
 # it runs by name or with `strict`.
@@ -80,10 +80,8 @@ def write_pages(
 
   Args:
     stores, slots, pages_R, rows_R: see `fetch_pages`.
-    implementation: `resident` takes stores in device memory. `dma` takes any and writes one
-      page for every entry, also where there is nothing to write: keep lists short. None and
-      `auto` take `resident` where it can run and `dma` elsewhere; there is no kernel, so
-      that `strict` is an error.
+    implementation: as of `fetch_pages`. `dma` writes one page for every entry, also where
+      there is nothing to write: keep its lists short.
 
   Raises:
     ValueError: arrays that do not fit together, or an implementation that cannot take them.
@@ -111,16 +109,7 @@ def choose_fetch_pages(
   `jax.ShapeDtypeStruct` will do for an array: its sharding says in which memory it is.
   """
   _check(stores, slots, pages_R, rows_R)
-  candidates = {
-    "resident": lambda: _why_not_resident(stores),
-    "mosaic_gpu": lambda: (
-      devices.why_not_hopper()
-      or devices.why_not_divided((stores, slots))
-      or mosaic_gpu.why_not(stores)
-    ),
-    "dma": dispatch.runs_anywhere,
-  }
-  return dispatch.choose("fetch_pages", implementation, candidates, automatic=AUTOMATIC)
+  return _choose("fetch_pages", stores, slots, implementation)
 
 
 def choose_write_pages(
@@ -133,11 +122,20 @@ def choose_write_pages(
 ) -> dispatch.Choice:
   """What `write_pages` runs for such arrays, and why; see `choose_fetch_pages`."""
   _check(stores, slots, pages_R, rows_R)
+  return _choose("write_pages", stores, slots, implementation)
+
+
+def _choose(op, stores, slots, implementation) -> dispatch.Choice:
   candidates = {
     "resident": lambda: _why_not_resident(stores),
+    "mosaic_gpu": lambda: (
+      devices.why_not_hopper()
+      or devices.why_not_divided((stores, slots))
+      or mosaic_gpu.why_not(stores)
+    ),
     "dma": dispatch.runs_anywhere,
   }
-  return dispatch.choose("write_pages", implementation, candidates, automatic=AUTOMATIC)
+  return dispatch.choose(op, implementation, candidates, automatic=AUTOMATIC)
 
 
 _FETCH = {
@@ -145,7 +143,11 @@ _FETCH = {
   "mosaic_gpu": mosaic_gpu.fetch_pages,
   "dma": dma.fetch_pages,
 }
-_WRITE = {"resident": resident.write_pages, "dma": dma.write_pages}
+_WRITE = {
+  "resident": resident.write_pages,
+  "mosaic_gpu": mosaic_gpu.write_pages,
+  "dma": dma.write_pages,
+}
 
 
 def _why_not_resident(stores) -> str | None:

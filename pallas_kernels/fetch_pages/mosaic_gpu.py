@@ -1,9 +1,10 @@
-"""The Hopper kernel: reads pages where they are, in host memory too, and updates slots.
+"""The Hopper kernel: reads and writes pages where they are, be it in host memory.
 
-Pinned host memory is mapped into the GPU's address space, so that ordinary loads of a thread
-reach it over the bus; copies by TMA refuse it. What they need is many of them under way: an
-entry has a warpgroup to itself, whose threads load 16 bytes at a time, of all arrays, before
-the first of them is stored. XLA hands a kernel operands in host memory as they are, uncopied.
+Pinned host memory is mapped into the GPU's address space, so that ordinary loads and stores of
+a thread reach it over the bus; copies by TMA refuse it. What they need is many of them under
+way: an entry has a warpgroup to itself, whose threads load 16 bytes at a time, of all arrays,
+before the first of them is stored. XLA hands a kernel operands in host memory as they are,
+uncopied. Entries without a page cost next to nothing.
 
 Threads are not in the interpreter's reach: there, a page is copied as an array.
 """
@@ -20,7 +21,9 @@ import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels import in_place
 from pallas_kernels import mosaic_thread as thread
+from pallas_kernels.fetch_pages import places
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -46,42 +49,60 @@ def why_not(stores) -> str | None:
 
 
 def fetch_pages(stores, slots, pages_R, rows_R, interpret=None):
-  n, num_pages, num_slots = len(stores), stores[0].shape[0], slots[0].shape[0]
+  return _move(slots, stores, pages_R, rows_R, interpret=interpret)
+
+
+def write_pages(stores, slots, pages_R, rows_R, interpret=None):
+  if places.is_on_host(stores[0]):
+    return in_place.replace(_write, stores, *slots, pages_R, rows_R)
+  return _move(stores, slots, rows_R, pages_R, interpret=interpret)
+
+
+def _write(stores, *others):
+  *slots, pages_R, rows_R = others
+  return _move(stores, slots, rows_R, pages_R)
+
+
+def _move(targets, sources, from_R, to_R, interpret=None):
+  """The targets with `targets[to_R[r]] = sources[from_R[r]]` for every entry r."""
+  n, num_sources, num_targets = len(sources), sources[0].shape[0], targets[0].shape[0]
   copy = _copy_arrays if interpret else _copy_bytes
 
-  def body(pages_gmem, rows_gmem, *arrays_gmem):
+  def body(from_gmem, to_gmem, *arrays_gmem):
     r = lax.axis_index("entry")
-    page, row = pages_gmem[r], rows_gmem[r]
-    is_page = (page >= 0) & (page < num_pages)
-    is_row = (row >= 0) & (row < num_slots)
-    pl.when(is_page & is_row)(lambda: copy(arrays_gmem[:n], arrays_gmem[n:], page, row))
+    source, target = from_gmem[r], to_gmem[r]
+    is_source = (source >= 0) & (source < num_sources)
+    is_target = (target >= 0) & (target < num_targets)
+    pl.when(is_source & is_target)(
+      lambda: copy(arrays_gmem[:n], arrays_gmem[n:], source, target)
+    )
 
-  # Pallas aliases an output with what a reference holds: slots that keep their content.
-  slot_refs = [jax.new_ref(slot) for slot in slots]
+  # Pallas aliases an output with what a reference holds: targets that keep their content.
+  target_refs = [jax.new_ref(target) for target in targets]
   plgpu.kernel(
     body,
-    grid=(rows_R.size,),
+    grid=(to_R.size,),
     grid_names=("entry",),
-    kernel_name="fetch_pages",
+    kernel_name="move_pages",
     interpret=interpret,
-  )(pages_R, rows_R, *stores, *slot_refs)
-  return tuple(jax.freeze(ref) for ref in slot_refs)
+  )(from_R, to_R, *sources, *target_refs)
+  return tuple(jax.freeze(ref) for ref in target_refs)
 
 
-def _copy_arrays(stores_gmem, slots_gmem, page, row) -> None:
-  for store_gmem, slot_gmem in zip(stores_gmem, slots_gmem, strict=True):
-    slot_gmem[row] = store_gmem[page]
+def _copy_arrays(sources_gmem, targets_gmem, source, target) -> None:
+  for source_gmem, target_gmem in zip(sources_gmem, targets_gmem, strict=True):
+    target_gmem[target] = source_gmem[source]
 
 
-def _copy_bytes(stores_gmem, slots_gmem, page, row) -> None:
-  sizes = [_page_bytes(store_gmem) for store_gmem in stores_gmem]
-  refs = (*stores_gmem, *slots_gmem)
+def _copy_bytes(sources_gmem, targets_gmem, source, target) -> None:
+  sizes = [_page_bytes(source_gmem) for source_gmem in sources_gmem]
+  refs = (*sources_gmem, *targets_gmem)
 
   @plgpu.inline_mgpu(arg_types=(*[_REF] * len(refs), _SCALAR, _SCALAR), return_type=None)
   def copy(context, *args):
     del context
-    *refs, page, row = args
-    numbers = [page] * len(sizes) + [row] * len(sizes)
+    *refs, source, target = args
+    numbers = [source] * len(sizes) + [target] * len(sizes)
     addresses = [
       _address(ref, thread.value(number), size)
       for ref, number, size in zip(refs, numbers, 2 * sizes, strict=True)
@@ -98,7 +119,7 @@ def _copy_bytes(stores_gmem, slots_gmem, page, row) -> None:
       for words, (_, target, offset, count) in zip(loaded, batch, strict=True):
         _store(target, offset, count, words)
 
-  copy(*refs, page, row)
+  copy(*refs, source, target)
 
 
 def _page_bytes(x) -> int:

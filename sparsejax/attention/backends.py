@@ -173,7 +173,7 @@ class _Questions:
 def choose_decoding(
   options: method.Options, stream: method.Stream, room: pages.Room, *, num_heads: int
 ) -> list[pallas_kernels.Choice]:
-  """What a model decodes on beside plain XLA: reads of pages, and fetches from the host.
+  """What a model decodes on beside plain XLA: reads of pages, and moves of them.
 
   Args:
     options: settings of attention.
@@ -207,15 +207,17 @@ def choose_decoding(
       implementation=room.kernels,
     )
 
-  def fetch():
-    entries_R = jax.ShapeDtypeStruct((b * k * most,), jnp.int32)
+  def move(choose: Callable[..., pallas_kernels.Choice], num_entries: int):
+    entries_R = jax.ShapeDtypeStruct((b * k * num_entries,), jnp.int32)
     stores, slots = (tuple(of[name] for name in parts) for of in (specs, held))
-    return pallas_kernels.choose_fetch_pages(
-      stores, slots, entries_R, entries_R, implementation=room.kernels
-    )
+    return choose(stores, slots, entries_R, entries_R, implementation=room.kernels)
 
+  asks = [attend]
+  if room.num_slots is not None:
+    asks.append(lambda: move(pallas_kernels.choose_fetch_pages, most))
+    asks.append(lambda: move(pallas_kernels.choose_write_pages, 1))
   choices, problems = [], []
-  for ask in (attend,) if room.num_slots is None else (attend, fetch):
+  for ask in asks:
     try:
       choices.append(ask())
     except pallas_kernels.CannotRunError as error:

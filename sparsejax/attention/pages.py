@@ -33,8 +33,8 @@ class Room:
     dtype: of keys and values.
     num_slots: pages of a row and key head on the device, where the rest is on the host; None
       where all are on the device.
-    kernels: `auto`, or `strict` where attention and fetches must run on GPU kernels; what
-      chooses pages, and what writes them to the host, is XLA either way.
+    kernels: `auto`, or `strict` where attention and what moves pages must run on GPU kernels;
+      what chooses pages is XLA either way.
   """
 
   batch: int
@@ -218,6 +218,7 @@ def _write_back(arrays: Arrays, place: Place, names: list[str], own_R) -> Arrays
     tuple(arrays[f"slots/{name}"] for name in names),
     place.rows(page_BK1, room.num_pages).reshape(-1),
     own_R,
+    implementation=room.kernels,
   )
   return arrays | dict(zip(names, stores, strict=True))
 

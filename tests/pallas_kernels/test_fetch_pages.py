@@ -56,7 +56,11 @@ def fetching(implementation):
 @functools.cache
 def writing(implementation):
   """A jitted write that donates its stores."""
-  write = functools.partial(pallas_kernels.write_pages, implementation=implementation)
+  if is_interpreted(implementation):
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    write = functools.partial(mosaic_gpu.write_pages, interpret=interpret)
+  else:
+    write = functools.partial(pallas_kernels.write_pages, implementation=implementation)
   return jax.jit(write, donate_argnums=0)
 
 
@@ -67,6 +71,7 @@ FETCH = [
   ("mosaic_gpu", "device", 4),
 ]
 WRITE = [("resident", "device"), ("dma", "device"), ("dma", "pinned_host")]
+WRITE_STEPS = [(*case, 12) for case in WRITE] + [("mosaic_gpu", "device", 4)]
 
 
 @pytest.mark.parametrize(("implementation", "kind", "steps"), FETCH)
@@ -82,24 +87,29 @@ def test_fetched_slots_hold_the_pages_bit_by_bit(implementation, kind, steps):
     assert_same_bits(slots, wanted)
     assert {x.sharding.memory_kind for x in slots} == {"device"}
   assert_same_bits(stores, wanted_stores)
+  assert_no_race(implementation)
+
+
+def assert_no_race(implementation):
   if is_interpreted(implementation):
     assert not gpu_callbacks.get_races().races_found
     gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
-@pytest.mark.parametrize(("implementation", "kind"), WRITE)
-def test_written_stores_hold_the_slots_and_nothing_else_changes(implementation, kind):
+@pytest.mark.parametrize(("implementation", "kind", "steps"), WRITE_STEPS)
+def test_written_stores_hold_the_slots_and_nothing_else_changes(implementation, kind, steps):
   rng = np.random.default_rng(1)
   write = writing(implementation)
   wanted, wanted_slots = make(P, rng), make(S, rng)
   stores, slots = put(wanted, kind), put(wanted_slots, "device")
-  for _ in range(12):
+  for _ in range(steps):
     pages, rows = make_lists(rng, "pages")
     wanted = move(wanted_slots, wanted, rows, pages)
     stores = write(stores, slots, pages, rows)
     assert_same_bits(stores, wanted)
     assert {x.sharding.memory_kind for x in stores} == {kind}
   assert_same_bits(slots, wanted_slots)
+  assert_no_race(implementation)
 
 
 NOTHING = {  # pages and rows of lists that move nothing
@@ -196,11 +206,13 @@ PROMISED = [(64, 128), (64, 64), (16, 64), (128, 256), (24, 72), (4, 2)]
 
 
 @pytest.mark.parametrize(("x", "d"), PROMISED)
-def test_what_is_promised_is_lowered_for_cuda_with_stores_on_the_host(x, d):
+@pytest.mark.parametrize("operation", ["fetch_pages", "write_pages"])
+def test_what_is_promised_is_lowered_for_cuda_with_stores_on_the_host(operation, x, d):
   stores, slots, *lists = large("pinned_host", num_pages=64, x=x, d=d)
   assert mosaic_gpu.why_not(stores) is None
+  is_fetch = operation == "fetch_pages"
   lowered = export.export(
-    jax.jit(mosaic_gpu.fetch_pages, donate_argnums=1),
+    jax.jit(getattr(mosaic_gpu, operation), donate_argnums=1 if is_fetch else 0),
     platforms=["cuda"],
     disabled_checks=[export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
   )(stores, slots, *lists)
@@ -210,13 +222,17 @@ def test_what_is_promised_is_lowered_for_cuda_with_stores_on_the_host(x, d):
   main = text[text.index("@main") :]
   on_host = re.findall(r"%arg(\d): tensor<\S+> {mhlo.memory_kind = \"pinned_host\"", main)
   assert on_host == ["0", "1", "2"]
-  # Lists, stores as they came, and slots, which the results take the place of.
-  assert "@mosaic_gpu_v2(%arg6, %arg7, %arg0, %arg1, %arg2, %arg3, %arg4, %arg5)" in main
+  # Lists, from where, to where: the results take the place of the latter.
+  order = "67012345" if is_fetch else "76345012"
+  operands = ", ".join(f"%arg{number}" for number in order)
+  assert f"@mosaic_gpu_v2({operands})" in main
   aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", main)
   assert aliases == [("0", "5"), ("1", "6"), ("2", "7")]
   donated = re.findall(r"%arg(\d): [^%]* tf.aliasing_output = (\d)", main)
-  assert donated == [("3", "0"), ("4", "1"), ("5", "2")]
-  assert main.count('mhlo.memory_kind = "device"') == 3 + 3  # slots and results
+  assert donated == [(number, str(i)) for i, number in enumerate(order[5:])]
+  # Slots, and the results of a fetch; those of a write are where stores are.
+  assert main.count('mhlo.memory_kind = "device"') == (6 if is_fetch else 3)
+  assert main.count('mhlo.memory_kind = "pinned_host"') == (3 if is_fetch else 6)
 
 
 def test_over_a_mesh_every_device_moves_its_own_pages():
@@ -269,10 +285,11 @@ def test_on_a_gpu_all_fetch_the_same_bits(implementation, kind, x, d):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_pages_are_written_in_place_and_come_back():
+@pytest.mark.parametrize(("implementation", "kind"), ON_GPU)
+def test_on_a_gpu_pages_are_written_in_place_and_come_back(implementation, kind):
   p, s, r = 700, 300, 40
   rng = np.random.default_rng(7)
-  write, fetch, kind = writing("dma"), fetching("mosaic_gpu"), "pinned_host"
+  write, fetch = writing(implementation), fetching("mosaic_gpu")
   wanted, finished = make(p, rng, 64, 128), make(s, rng, 64, 128)
   stores, slots = put(wanted, kind), put(finished, "device")
   where = None
@@ -293,7 +310,12 @@ def test_on_a_gpu_pages_are_written_in_place_and_come_back():
 @pytest.mark.gpu
 @pytest.mark.parametrize(
   ("operation", "implementation"),
-  [(fetching, "dma"), (fetching, "mosaic_gpu"), (writing, "dma")],
+  [
+    (fetching, "dma"),
+    (fetching, "mosaic_gpu"),
+    (writing, "dma"),
+    (writing, "mosaic_gpu"),
+  ],
 )
 def test_on_a_gpu_no_store_is_copied(operation, implementation):
   jitted = operation(implementation)

@@ -45,8 +45,9 @@ def test_on_hopper_the_kernel_runs_where_it_is_asked_for(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), large(kind)
   )
   monkeypatch.setattr(jax, "devices", lambda: [FakeDevice("9.0")])
-  choice = choose_fetch_pages(*arrays, implementation=implementation)
-  assert str(choice) == f"fetch_pages: {said}"
+  for choose in (choose_fetch_pages, choose_write_pages):
+    choice = choose(*arrays, implementation=implementation)
+    assert str(choice) == f"{choose.__name__.removeprefix('choose_')}: {said}"
 
 
 def test_choices_are_explained():
@@ -68,10 +69,9 @@ def test_choices_are_explained():
     # Unwrapped, since the hook that checks types would see the unknown name first.
     with pytest.raises(KeyError, match="no implementation 'tma' of "):
       inspect.unwrap(choose)(*arrays, implementation="tma")
-  with pytest.raises(ValueError, match="='strict' cannot run: mosaic_gpu needs a Hopper GPU"):
-    pallas_kernels.fetch_pages(*arrays, implementation="strict")
-  with pytest.raises(ValueError, match="='strict' cannot run: it has no GPU kernel"):
-    pallas_kernels.write_pages(*arrays, implementation="strict")
+  for operation in (pallas_kernels.fetch_pages, pallas_kernels.write_pages):
+    with pytest.raises(ValueError, match="='strict' cannot run: mosaic_gpu needs a Hopper GPU"):
+      operation(*arrays, implementation="strict")
 
 
 @pytest.mark.parametrize(
