@@ -19,7 +19,8 @@ STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not
 TASKS = flags.DEFINE_list(
   "tasks",
   ["perplexity"],
-  "What to ask: perplexity; block_lists, which the model chooses; diagnostics.",
+  "What to ask: perplexity; block_lists, which the model chooses; diagnostics; locality, what "
+  "of its lists stays from one token to the next.",
 )
 MODES = flags.DEFINE_list("modes", ["full", "sparse"], "Modes of inference.")
 BUDGETS = flags.DEFINE_list(
@@ -32,6 +33,11 @@ BATCH = flags.DEFINE_integer("batch_size", 0, "Rows at once; 0 is as trained.")
 KERNELS = flags.DEFINE_string(
   "kernels", None, "auto: what this machine has; strict: GPU kernels alone; else as trained."
 )
+LENGTHS = flags.DEFINE_list(
+  "lengths", [], "Contexts after which locality looks; half of a row if none."
+)
+STEPS = flags.DEFINE_integer("num_steps", 128, "Tokens after a context.")
+SPARE = flags.DEFINE_list("spare", ["0", "16", "32", "64"], "Slots beyond those of a list.")
 OUT = flags.DEFINE_string("out", None, "Where results go; WORKDIR/eval/STEP if not given.")
 
 
@@ -42,25 +48,32 @@ def main(arguments: list[str]) -> int:
     )
   if WORKDIR.value is None:
     raise errors.ConfigError("name the --workdir that train.py wrote to.")
-  wrong = [budget for budget in BUDGETS.value if not budget.isdigit()]
-  if wrong:
-    raise errors.ConfigError(f"--budgets takes whole numbers; {wrong[0]!r} is none.")
   request = table.Request(
     path=WORKDIR.value,
     step=STEP.value,
     tasks=tuple(TASKS.value),
     modes=tuple(MODES.value),
-    budgets=tuple(map(int, BUDGETS.value)),
+    budgets=_numbers(BUDGETS),
     sources=tuple(SOURCES.value),
     sequence_length=LENGTH.value,
     max_rows=ROWS.value,
     batch_size=BATCH.value,
     kernels=KERNELS.value,
+    lengths=_numbers(LENGTHS),
+    num_steps=STEPS.value,
+    spare=_numbers(SPARE),
     out=OUT.value,
   )
   text, out = table.run(request, base.get_config())
   print(f"{text}\nsaved in {out}")
   return 0
+
+
+def _numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
+  wrong = [text for text in flag.value if not text.isdigit()]
+  if wrong:
+    raise errors.ConfigError(f"--{flag.name} takes whole numbers; {wrong[0]!r} is none.")
+  return tuple(map(int, flag.value))
 
 
 if __name__ == "__main__":

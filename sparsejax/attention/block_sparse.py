@@ -104,11 +104,14 @@ class BlockSparse(method.SparseMethod):
     if stream == "full" or _lists_everything(self.options, past.room.length):
       pages_BKM = past.all_pages()
     else:
-      pages_BKM = self._with_dense_rows(self._list(q_BHD, past), past)
+      pages_BKM = self._with_dense_rows(self.list_of_token(q_BHD, past), past)
+      # For whoever looks: apply(..., mutable=["intermediates"]).
+      self.sow("intermediates", "pages", pages_BKM)
     out_BHD, past = past.read(q_BHD, pages_BKM)
     return method.Attended(out_BHD[:, None], jnp.float32(0), past)
 
-  def _list(self, q_BHD, past: method.Past):
+  def list_of_token(self, q_BHD, past: method.Past) -> jax.Array:
+    """The blocks that a token of each row reads, [B, K, M]; -1 for none."""
     options, more = self.options, {}
     if "coarse" in past.kinds:
       more["coarse_keys_BWKD"] = past.of_layer("coarse")

@@ -5,6 +5,7 @@ Letters: B rows, T tokens, E width, V vocabulary, L layers of a stack.
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import math
 import os
 
@@ -28,6 +29,19 @@ def for_decoding(transformer: model.Transformer) -> model.Transformer:
     # Every row is one document.
     options=dataclasses.replace(transformer.options, max_documents=1),
   )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cast(dtype: str, params: dict) -> dict:
+  """Parameters as matrix products take them, so that no step reads more bytes than it uses.
+
+  Scales of norms and of eviction heads, which multiply in float32, stay as they are.
+  """
+
+  def of_leaf(path, x):
+    return x if path[-1].key == "scale" else x.astype(dtype)
+
+  return jax.tree.map_with_path(of_leaf, params)
 
 
 def room(

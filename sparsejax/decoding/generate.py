@@ -136,7 +136,7 @@ class Decoder:
   ):
     """Makes an empty cache; see `generate` for arguments and errors."""
     self._transformer = caches.for_decoding(transformer)
-    self._params, self._stream, self._mesh = params, stream, mesh
+    self._stream, self._mesh = stream, mesh
     # What devices divide among themselves is whole rows for each.
     self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = -(-rows // self._devices) * self._devices
@@ -154,6 +154,7 @@ class Decoder:
     caches.check_slots(self._transformer, stream, self._room, mesh)
     caches.check_size(spec, caches.free_bytes(), caches.host_limit())
     with sharding.use(mesh):
+      self._params = caches.cast(shape.dtype, params)
       self._cache = caches.make(spec)
     self._begin = jax.jit(self._begin_row, donate_argnums=1)
     self._step = jax.jit(self._step_rows, donate_argnums=1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from sparsejax import errors
 from sparsejax.configuration import checks, record
-from sparsejax.evaluation import block_lists, diagnostics, perplexity
+from sparsejax.evaluation import block_lists, diagnostics, locality, perplexity
 from sparsejax.evaluation import subject as subjects
 
 
@@ -30,6 +30,9 @@ class Request:
     max_rows: rows of each source; 0 takes all.
     batch_size: rows at once; 0 is that of training.
     kernels: `auto` or `strict`; None is as trained.
+    lengths: contexts, in tokens, after which is decoded; () is half of `sequence_length`.
+    num_steps: that are decoded after a context.
+    spare: slots for blocks beyond those of a list.
     out: directory for the results; None is `eval/STEP` in the workdir.
   """
 
@@ -43,6 +46,9 @@ class Request:
   max_rows: int = 0
   batch_size: int = 0
   kernels: str | None = None
+  lengths: tuple[int, ...] = ()
+  num_steps: int = 128
+  spare: tuple[int, ...] = (0, 16, 32, 64)
   out: str | pathlib.Path | None = None
 
 
@@ -52,7 +58,8 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
   That is what the model ran on, a line for each operation and each choice that budgets make
   for it, and the tables as markdown.
   Each task leaves `TASK.json` (with config, commit, versions and device) and `TASK.md`;
-  block_lists also `block_lists.npy`, int32 [layers, T, K, M].
+  block_lists also `block_lists.npy`, int32 [layers, T, K, M], and locality for every context
+  `lists/CONTEXT.npy`, int16 [steps, layers, rows, K, M].
 
   Args:
     request: what to do.
@@ -114,11 +121,24 @@ def _diagnostics(subject, request: Request, out):
   return cells, align(diagnostics.rows(cells))
 
 
+def _locality(subject, request: Request, out):
+  cells = []
+  for context in request.lengths or (subject.config.data.sequence_length // 2,):
+    lists_SLBKM = locality.record(
+      subject, context, num_rows=request.max_rows or 1, num_steps=request.num_steps
+    )
+    (out / "lists").mkdir(parents=True, exist_ok=True)
+    np.save(out / "lists" / f"{context}.npy", lists_SLBKM.astype(np.int16))
+    cells += locality.run(subject, lists_SLBKM, context, request.spare)
+  return cells, align(locality.rows(cells))
+
+
 # Each gives cells, and a table of them as markdown.
 TASKS = {
   "perplexity": _perplexity,
   "block_lists": _block_lists,
   "diagnostics": _diagnostics,
+  "locality": _locality,
 }
 
 

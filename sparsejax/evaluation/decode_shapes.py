@@ -1,0 +1,210 @@
+"""How fast models of a shape decode, without a checkpoint: weights and caches are random.
+
+  python -m sparsejax.evaluation.decode_shapes --config=configs/nosa_8b.py \
+    --methods=full,infllmv2,nosa --contexts=16384,65536 --kv_gib=4 --spare=16 \
+    --lists=nosa=runs/a/eval/200/lists.npy --out=results/decoding
+
+Every method decodes as many rows as have caches of `--kv_gib` on the device, or `--rows`.
+Sparse methods have the rest of their pages in the host's memory. Random weights choose random
+blocks, which no trained model does: `--lists` replays what one chose (the task `locality` of
+eval.py records it), while choosing is computed as well.
+"""
+
+import argparse
+import dataclasses
+import functools
+import gc
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax import command_line, errors, model, parameters, sharding
+from sparsejax.attention import backends, past
+from sparsejax.configuration import build, checks, overrides, record
+from sparsejax.decoding import cache as caches
+from sparsejax.evaluation import table, throughput
+
+_WARM_STEPS = 32
+
+
+def random_params(transformer: model.Transformer, mesh: jax.sharding.Mesh, seed: int) -> dict:
+  """Parameters as `caches.cast` would leave them, without ever being anything larger."""
+  abstract = parameters.abstract(transformer, mesh)
+  leaves, tree = jax.tree.flatten_with_path(abstract)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  dtype, scale = transformer.shape.dtype, transformer.shape.initializer_range
+
+  def make(path, x, key):
+    if path[-1].key == "scale":
+      return jax.jit(lambda: jnp.ones(x.shape, x.dtype), out_shardings=x.sharding)()
+    draw = jax.jit(
+      lambda key: scale * jax.random.normal(key, x.shape, dtype), out_shardings=x.sharding
+    )
+    return draw(key)
+
+  made = [make(path, x, key) for (path, x), key in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(tree, made)
+
+
+def random_cache(spec: past.Cache, context: int, seed: int) -> past.Cache:
+  """A cache of rows with so many tokens: random on the device, zeros on the host."""
+  cache = caches.make(spec)
+  arrays = []
+  for number, own in enumerate(cache.arrays):
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    filled = dict(own)
+    for place, (name, x) in enumerate(sorted(own.items())):
+      is_float = jnp.issubdtype(x.dtype, jnp.floating)
+      if is_float and x.sharding.memory_kind != "pinned_host":
+        filled[name] = _randomize(x, jax.random.fold_in(key, place))
+    arrays.append(filled)
+  lengths_B = jnp.full_like(cache.lengths_B, context)
+  return cache.replace(lengths_B=lengths_B, arrays=tuple(arrays))
+
+
+@jax.jit(donate_argnums=0)
+def _randomize(x, key):
+  return jax.random.normal(key, x.shape, x.dtype)
+
+
+def run(asked: argparse.Namespace, changes: list[str]) -> int:
+  """Does what was asked; returns the exit status."""
+  methods = asked.methods.split(",")
+  contexts = _numbers("contexts", asked.contexts)
+  recordings = _recordings(asked.lists)
+  if (asked.kv_gib is None) == (asked.rows is None):
+    raise errors.ConfigError("give either --kv_gib or --rows: how many rows are decoded.")
+  configs = {}
+  for name in methods:
+    more = [f"--config.attention.method={name}", f"--config.attention.kernels={asked.kernels}"]
+    configs[name] = overrides.load(asked.config, [*more, *changes])
+    checks.check(configs[name])
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  cells, seen = [], {}
+  for name, config in configs.items():
+    transformer = build.make_model(config, max_documents=1)
+    params = random_params(transformer, mesh, config.seed)
+    for context in contexts:
+      cell, choices = _measure(asked, transformer, params, mesh, context, recordings.get(name))
+      cells.append(cell)
+      for choice in choices:
+        if str(choice) not in seen:
+          seen[str(choice)] = choice
+          print(f"backend of {choice}", flush=True)
+      print(table.align(throughput.rows([cell])).splitlines()[-1], flush=True)
+      for kernel in cell.kernels[:30]:
+        print(f"  {kernel.microseconds:9.1f} us {kernel.calls:6.1f} x {kernel.name[:90]}")
+    del params
+    gc.collect()
+  text = table.align(throughput.rows(cells))
+  print(f"\n{text}")
+  if asked.out:
+    out = pathlib.Path(asked.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{asked.name}.md").write_text(text)
+    content = dict(
+      environment=record.environment(),
+      backends=list(seen),
+      weights="random",
+      lists={name: "recorded" if name in recordings else "chosen" for name in methods},
+      configs={name: record.as_json(config) for name, config in configs.items()},
+      cells=[dataclasses.asdict(cell) for cell in cells],
+    )
+    (out / f"{asked.name}.json").write_text(json.dumps(content, indent=2) + "\n")
+  return 0
+
+
+def _measure(asked, transformer, params, mesh, context: int, recording):
+  """One cell, and what it ran on."""
+  stream, options = transformer.options.home_stream, transformer.options
+  length = context + _WARM_STEPS + asked.steps + asked.trace
+  slots = None
+  if stream == "sparse" and not asked.resident:
+    slots = throughput.num_slots(transformer, length, asked.spare)
+  rows = asked.rows or throughput.rows_within(
+    transformer, stream, length, slots, int(asked.kv_gib * 2**30)
+  )
+  room = caches.room(transformer, batch=rows, length=length, num_slots=slots)
+  choices = backends.choose_decoding(
+    options, stream, room, num_heads=transformer.shape.num_attention_heads
+  )
+  spec = caches.spec(transformer, stream, room)
+  caches.check_slots(transformer, stream, room, mesh)
+  caches.check_size(spec, caches.free_bytes(), caches.host_limit())
+  with sharding.use(mesh):
+    cache = random_cache(spec, context, seed=1)
+    ids_B = jax.random.randint(jax.random.key(2), (rows,), 0, transformer.shape.vocab_size)
+  cell, _ = throughput.measure(
+    transformer,
+    params,
+    cache,
+    ids_B,
+    stream=stream,
+    mesh=mesh,
+    num_steps=asked.steps,
+    num_warm=_WARM_STEPS,
+    num_traced=asked.trace,
+    lists_SLBKM=None if recording is None else recording(context),
+  )
+  return cell, choices
+
+
+def _numbers(name: str, text: str) -> list[int]:
+  wrong = [part for part in text.split(",") if not part.isdigit() or int(part) < 1]
+  if wrong:
+    raise errors.ConfigError(f"--{name} takes whole numbers from 1 up; {wrong[0]!r} is none.")
+  return [int(part) for part in text.split(",")]
+
+
+def _recordings(text: str) -> dict:
+  """By method, what gives the recording for a context."""
+  found = {}
+  for part in filter(None, text.split(",")):
+    name, _, path = part.partition("=")
+    if not pathlib.Path(path).is_dir():
+      raise errors.DataError(f"--lists={part} names no directory with CONTEXT.npy in it.")
+    found[name] = functools.partial(_recording, pathlib.Path(path))
+  return found
+
+
+def _recording(path: pathlib.Path, context: int) -> jax.Array:
+  file = path / f"{context}.npy"
+  if not file.exists():
+    raise errors.DataError(f"{file} is missing; record lists at a context of {context}.")
+  return jnp.asarray(np.load(file), jnp.int32)
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """The command line; returns the exit status."""
+  parser = argparse.ArgumentParser(
+    prog="python -m sparsejax.evaluation.decode_shapes",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--config", required=True, help="a preset: its shape and settings")
+  add("--methods", default="full,infllmv2,nosa", help="in place of the config's method")
+  add("--contexts", default="16384", help="tokens of every row before the first step")
+  add("--kv_gib", type=float, help="of caches on the device; gives the number of rows")
+  add("--rows", type=int, help="how many, if not by --kv_gib")
+  add("--spare", type=int, default=16, help="slots beyond what a token reads (16)")
+  add("--resident", action="store_true", help="keep all pages on the device")
+  add("--lists", default="", help="METHOD=FILE,... of recordings to replay")
+  add("--steps", type=int, default=128, help="that are timed (128)")
+  add("--trace", type=int, default=0, help="steps after them, to see which kernels they run")
+  add("--kernels", choices=("auto", "strict"), default="auto")
+  add("--out", help="directory for NAME.json and NAME.md, if they are wanted")
+  add("--name", default="decode_shapes", help="of these files")
+  asked, changes = parser.parse_known_args(arguments)
+  wrong = [change for change in changes if not overrides.is_override(change)]
+  if wrong:
+    parser.error(f"unrecognized argument {wrong[0]}")
+  return command_line.friendly(lambda _: run(asked, changes))([])
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,177 @@
+"""What a cache of blocks has to load while a model decodes: recorded lists, hits and misses.
+
+The lists that the tokens after a long context choose are those of decoding, step by step,
+since token by token a model computes what it does on the whole row.
+
+Letters: B rows, T tokens, L layers, S steps, K key/value heads, M blocks listed.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax import attention, errors, sharding
+from sparsejax.attention import slots
+from sparsejax.diagnostics import block_choice, seen
+from sparsejax.evaluation import contexts
+from sparsejax.evaluation import subject as subjects
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+  """Decoding after a context, with so many slots for blocks.
+
+  Attributes:
+    context: tokens before the first step.
+    spare: slots beyond the M of a list; 0 is an exact fit.
+    misses: blocks to load per step, layer and key head, the mean once slots are full.
+    most_misses: the most that any step of any layer, row and head has.
+    hit_rate: of the blocks that are listed, those that are in a slot.
+    gamma, least_gamma: share of a list that the one before has too (NOSA's locality,
+      arXiv:2510.13602; `diagnostics.block_choice.overlap`), the mean and the least.
+    bound: the most misses that the method allows where lists are full and none is spare;
+      None where it promises nothing.
+    misses_by_layer: the mean of each layer and key head.
+  """
+
+  context: int
+  spare: int
+  misses: float
+  most_misses: int
+  hit_rate: float
+  gamma: float
+  least_gamma: float
+  bound: int | None
+  misses_by_layer: tuple[tuple[float, ...], ...]
+
+
+def record(
+  subject: subjects.Subject, context: int, *, num_rows: int, num_steps: int
+) -> np.ndarray:
+  """The lists of the steps after a context, int32 [S, L, B, K, M]; -1 for empty slots.
+
+  Raises:
+    ConfigError: the model chooses no blocks, in some layer or at this length.
+    DataError: see `contexts.rows`.
+  """
+  length = context + num_steps
+  ids_BT = contexts.rows(subject, num_rows, length)
+  options = subject.transformer.options
+  transformer = subject.transformer.clone(
+    options=dataclasses.replace(options, max_documents=1),
+  )
+
+  @jax.jit
+  def look(params, ids_BT):
+    _, shown = transformer.apply(
+      {"params": params},
+      ids_BT,
+      jnp.broadcast_to(jnp.arange(length), ids_BT.shape),
+      jnp.ones_like(ids_BT),
+      stream="sparse",
+      mutable=["intermediates"],
+    )
+    stacks = seen.by_place(shown, "blocks")
+    return {place: x_SBTKM[:, :, context:] for place, x_SBTKM in stacks.items()}
+
+  lists = []
+  with sharding.use(subject.mesh):
+    for row_T in ids_BT:
+      # Devices share rows: each takes the same one.
+      same_BT = jnp.asarray(np.repeat(row_T[None], subject.mesh.size, 0))
+      lists.append(jax.tree.map(lambda x: np.asarray(x[:, 0]), look(subject.params, same_BT)))
+  period = len(options.pattern)
+  if sorted(lists[0]) != list(range(period)):
+    raise errors.ConfigError(
+      f"attention.method={'+'.join(options.pattern)!r} does not choose blocks in every layer "
+      f"of rows of {length} tokens; --tasks=locality is for models that do."
+    )
+  num_layers = subject.transformer.shape.num_hidden_layers
+  s, k, m = lists[0][0].shape[1:]
+  found = np.empty((s, num_layers, num_rows, k, m), np.int32)
+  for row, stacks in enumerate(lists):
+    for place, x_LSKM in stacks.items():
+      found[:, place::period, row] = np.swapaxes(x_LSKM, 0, 1)
+  return found
+
+
+def run(
+  subject: subjects.Subject, lists_SLBKM: np.ndarray, context: int, spare: Sequence[int]
+) -> list[Cell]:
+  """What caches of several sizes make of recorded lists.
+
+  The first half of the steps fills the slots, and the second is counted.
+  """
+  s, num_layers, b, k, m = lists_SLBKM.shape
+  lists = jnp.asarray(lists_SLBKM).reshape(s, num_layers * b, k, m)
+  gamma = np.asarray(block_choice.overlap(lists.swapaxes(0, 1)))
+  cells = []
+  for extra in spare:
+    misses, hits = (np.asarray(x) for x in _count(lists, m + extra))
+    late_hits, late = hits[s // 2 :], misses[s // 2 :]
+    by_layer = late.reshape(-1, num_layers, b, k).mean((0, 2))
+    cells.append(
+      Cell(
+        context=context,
+        spare=extra,
+        misses=float(late.mean()),
+        most_misses=int(late.max()),
+        hit_rate=float(late_hits.sum() / (late_hits.sum() + late.sum())),
+        gamma=float(gamma.mean()),
+        least_gamma=float(gamma.min()),
+        bound=_bound(subject),
+        misses_by_layer=tuple(tuple(float(x) for x in layer) for layer in by_layer),
+      )
+    )
+  return cells
+
+
+@jax.jit(static_argnums=1)
+def _count(lists_SRKM, num_slots: int):
+  """Misses and hits of every step, [S, R, K]."""
+  shape = *lists_SRKM.shape[1:3], num_slots
+  empty = slots.Slots(jnp.full(shape, -1, jnp.int32), jnp.full(shape, -1, jnp.int32))
+
+  def step(held, given):
+    number, list_RKM = given
+    plan = slots.plan(held, list_RKM, number)
+    return plan.slots, (plan.misses_BK, plan.hits_BK)
+
+  numbers_S = jnp.arange(len(lists_SRKM), dtype=jnp.int32)
+  return jax.lax.scan(step, empty, (numbers_S, lists_SRKM))[1]
+
+
+def _bound(subject: subjects.Subject) -> int | None:
+  """Blocks that are not in the list before: see `attention.nosa`."""
+  options = subject.transformer.options
+  if attention.sparse_names(options) != ("nosa",):
+    return None
+  # A query's first block of its own was listed by none.
+  return options.nosa.num_query_aware + 1
+
+
+def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
+  """Rows of a table, the header first."""
+  header = (
+    *("context", "spare slots", "misses", "most", "bound", "hit rate"),
+    *("gamma", "least gamma"),
+  )
+  return [
+    header,
+    *(
+      (
+        f"{cell.context:,d}",
+        str(cell.spare),
+        f"{cell.misses:.2f}",
+        str(cell.most_misses),
+        "-" if cell.bound is None else str(cell.bound),
+        f"{cell.hit_rate:.1%}",
+        f"{cell.gamma:.3f}",
+        f"{cell.least_gamma:.3f}",
+      )
+      for cell in cells
+    ),
+  ]
