@@ -94,14 +94,14 @@ def run(asked: argparse.Namespace, changes: list[str]) -> int:
       for choice in choices:
         if str(choice) not in seen:
           seen[str(choice)] = choice
-          print(f"backend of {choice}", flush=True)
-      print(table.align(throughput.rows([cell])).splitlines()[-1], flush=True)
+          _say(f"backend of {choice}")
+      _say(table.align(throughput.rows([cell])).splitlines()[-1])
       for kernel in cell.kernels[:30]:
-        print(f"  {kernel.microseconds:9.1f} us {kernel.calls:6.1f} x {kernel.name[:90]}")
+        _say(f"  {kernel.microseconds:9.1f} us {kernel.calls:6.1f} x {kernel.name[:90]}")
     del params
     gc.collect()
   text = table.align(throughput.rows(cells))
-  print(f"\n{text}")
+  _say(f"\n{text}")
   if asked.out:
     out = pathlib.Path(asked.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,6 +116,11 @@ def run(asked: argparse.Namespace, changes: list[str]) -> int:
     )
     (out / f"{asked.name}.json").write_text(json.dumps(content, indent=2) + "\n")
   return 0
+
+
+def _say(text: str) -> None:
+  sys.stdout.write(text + "\n")
+  sys.stdout.flush()
 
 
 def _measure(asked, transformer, params, mesh, context: int, recording):

@@ -124,7 +124,7 @@ def measure(
   with sharding.use(mesh):
 
     def take(number: int, cache, ids_B):
-      for i in range(number):
+      for _ in range(number):
         ids_B, cache = step(params, cache, ids_B, lists_SLBKM)
       return jax.block_until_ready(ids_B), cache
 
