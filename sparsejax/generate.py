@@ -52,6 +52,7 @@ def run(asked: argparse.Namespace) -> int:
     seed=asked.seed,
     num_ids=tokenizer.vocab_size,
     stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+    offload=asked.offload,
     num_slots=asked.num_slots,
     on_token=show,
     on_choice=lambda choice: sys.stderr.write(f"backend of {choice}\n"),
@@ -130,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
   add("--top_k", type=int, default=0, help="draws from so many ids at most; 0 is all")
   add("--top_p", type=float, default=1.0, help="draws from the likeliest of that probability")
   add("--seed", type=int, default=0, help="of the draws")
+  add("--offload", default="auto", help="pages in the host's memory: auto, never, always")
   add("--num_slots", type=int, help="pages per row and key head on the device, if not all")
   add("--kernels", choices=("auto", "strict"), help="in place of the config's")
   asked = parser.parse_args(arguments)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pallas_kernels
 from sparsejax import attention, errors, model
 from sparsejax.attention import method, pages, past
 from sparsejax.attention.past import Cache
@@ -20,6 +21,10 @@ from sparsejax.attention.past import Cache
 # Read by the GPU's runtime when it starts: GiB of pinned memory, and what it takes without.
 HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _USUAL_HOST_LIMIT = 64
+
+OFFLOAD = ("auto", "never", "always")
+# Pages that earlier tokens read, beside those that a token reads.
+SPARE_SLOTS = 16
 
 
 def for_decoding(transformer: model.Transformer) -> model.Transformer:
@@ -58,6 +63,55 @@ def room(
     dtype=shape.dtype,
     num_slots=num_slots,
     kernels=transformer.options.kernels,
+  )
+
+
+def place(
+  transformer: model.Transformer,
+  stream: method.Stream,
+  room: pages.Room,
+  *,
+  offload: str,
+  num_slots: int | None,
+  limit: int | None,
+  num_devices: int,
+) -> tuple[pages.Room, pallas_kernels.Choice]:
+  """Where pages lie: the room with or without slots, and why.
+
+  Args:
+    transformer: whose cache it is.
+    stream: `full` or `sparse`.
+    room: for all pages on the device.
+    offload: `never` and `always` put pages in the host's memory or not; `auto` does where
+      `num_slots` is given, or where they do not fit on the device.
+    num_slots: see `pages.Room`; None is what a token reads and `SPARE_SLOTS` more.
+    limit: free bytes of the device; None where that is not known.
+    num_devices: of which only one alone has pages in the host's memory by itself.
+
+  Raises:
+    ConfigError: no such `offload`, or slots of pages that are on the device.
+  """
+  if offload not in OFFLOAD:
+    raise errors.ConfigError(errors.one_of("offload", offload, OFFLOAD))
+  if offload == "never" and num_slots is not None:
+    raise errors.ConfigError(
+      f"num_slots={num_slots} is of pages in the host's memory, and offload='never' keeps them "
+      "on the device; leave out either."
+    )
+  needed = num_bytes(spec(transformer, stream, room))
+  fits = limit is None or needed <= limit
+  size = f"a cache of {needed / 2**30:.2f} GiB"
+  if offload == "never" or (offload == "auto" and num_slots is None and fits):
+    reason = f"{size} fits there" if offload == "auto" else "offload=never"
+    return room, pallas_kernels.Choice("pages", "device", reason)
+  if offload == "auto" and num_slots is None and num_devices > 1:
+    return room, pallas_kernels.Choice("pages", "device", "the host's memory is of one device")
+  most = attention.most_pages(transformer.options, stream, room.length)
+  slots = min(most + SPARE_SLOTS, room.num_pages) if num_slots is None else num_slots
+  reason = f"{slots} slots of {room.num_pages} pages are on the device; "
+  reason += f"{size} does not fit there" if num_slots is None and not fits else "asked for"
+  return dataclasses.replace(room, num_slots=slots), pallas_kernels.Choice(
+    "pages", "host", reason
   )
 
 

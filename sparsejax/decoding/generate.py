@@ -32,6 +32,7 @@ def generate(
   stop_ids: Iterable[int] = (),
   rows: int = 8,
   length: int | None = None,
+  offload: str = "auto",
   num_slots: int | None = None,
   on_token: Callable[[int, int], None] | None = None,
   on_choice: Callable[[pallas_kernels.Choice], None] | None = None,
@@ -52,10 +53,12 @@ def generate(
     stop_ids: ids that end a text; they are its last.
     rows: prompts that are decoded at the same time.
     length: tokens that a row has room for; None is what the longest prompt needs.
-    num_slots: pages per row and key head that are kept on the device, where all pages lie in
-      the host's memory (see `attention.pages`); None keeps all of them on the device.
+    offload: whether pages lie in the host's memory, `never`, `always`, or `auto`: where they
+      do not fit on the device (see `cache.place`).
+    num_slots: pages per row and key head that are kept on the device then; giving it asks for
+      pages in the host's memory.
     on_token: called with the number of a prompt and an id, as each is drawn.
-    on_choice: called before that with what reads of pages and fetches from the host run on.
+    on_choice: called before that with where pages are, and what reads and moves them.
 
   Raises:
     ConfigError: a number that makes no sense, a prompt that does not fit in `length`, or
@@ -77,6 +80,7 @@ def generate(
     num_ids=num_ids,
     rows=rows,
     length=length or longest + max_new_tokens,
+    offload=offload,
     num_slots=num_slots,
   )
   for choice in decoder.backends if on_choice is not None else ():
@@ -117,7 +121,7 @@ class Decoder:
   Prompts are padded to powers of two, so that few programs are compiled.
 
   Attributes:
-    backends: what reads of pages, and fetches from the host, run on.
+    backends: where pages are, and what reads and moves them.
   """
 
   def __init__(
@@ -132,6 +136,7 @@ class Decoder:
     num_ids: int | None,
     rows: int,
     length: int,
+    offload: str = "auto",
     num_slots: int | None = None,
   ):
     """Makes an empty cache; see `generate` for arguments and errors."""
@@ -141,20 +146,30 @@ class Decoder:
     self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = -(-rows // self._devices) * self._devices
     self._rows = rows
-    self._room = room = caches.room(
-      self._transformer, batch=batch, length=length, num_slots=num_slots
-    )
     shape, options = self._transformer.shape, self._transformer.options
-    self.backends = backends.choose_decoding(
-      options, stream, room, num_heads=shape.num_attention_heads
+    with sharding.use(mesh):
+      self._params = jax.block_until_ready(caches.cast(shape.dtype, params))
+    self._room, choice = caches.place(
+      self._transformer,
+      stream,
+      caches.room(self._transformer, batch=batch, length=length),
+      offload=offload,
+      num_slots=num_slots,
+      limit=caches.free_bytes(),
+      num_devices=mesh.size,
     )
+    self.backends = [
+      choice,
+      *backends.choose_decoding(
+        options, stream, self._room, num_heads=shape.num_attention_heads
+      ),
+    ]
     self._key = jax.random.key(seed)
     self._draw_with = functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids)
     spec = caches.spec(self._transformer, stream, self._room)
     caches.check_slots(self._transformer, stream, self._room, mesh)
     caches.check_size(spec, caches.free_bytes(), caches.host_limit())
     with sharding.use(mesh):
-      self._params = caches.cast(shape.dtype, params)
       self._cache = caches.make(spec)
     self._begin = jax.jit(self._begin_row, donate_argnums=1)
     self._step = jax.jit(self._step_rows, donate_argnums=1)
