@@ -24,6 +24,7 @@ from pallas_kernels import (
   devices,
   fetch_pages,
   select_blocks,
+  write_pages,
 )
 from pallas_kernels.block_selection import pooling
 from tests.pallas_kernels import problems
@@ -77,15 +78,17 @@ def decoding() -> dict:
   return dict(out=out, lse=lse)
 
 
-def fetching() -> dict:
-  """Pages of keys, values and biases from the host's memory."""
+def moving() -> dict:
+  """Pages of keys, values and biases from the host's memory, and back to others there."""
   host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
   shapes = ((64, 128), jnp.bfloat16), ((64, 128), jnp.bfloat16), ((64,), jnp.float32)
   stores = tuple(jax.device_put(jnp.ones((40, *x), dtype), host) for x, dtype in shapes)
   slots = tuple(jnp.zeros((16, *x), dtype) for x, dtype in shapes)
   fetch = jax.jit(functools.partial(fetch_pages, implementation="mosaic_gpu"))
   fetched = fetch(stores, slots, jnp.array([39, -1, 0, 7]), jnp.array([15, 2, 0, 3]))
-  return dict(zip(("keys", "values", "biases"), fetched, strict=True))
+  write = jax.jit(functools.partial(write_pages, implementation="mosaic_gpu"), donate_argnums=0)
+  written = write(stores, fetched, jnp.array([5, 6, -1, 39]), jnp.array([15, 15, 2, 0]))
+  return dict(zip(("keys", "values", "biases"), written, strict=True))
 
 
 def main(names: list[str]) -> int:
@@ -94,7 +97,7 @@ def main(names: list[str]) -> int:
   if importlib.util.find_spec("jax_triton") is not None:
     backends.append("triton")
   runs = {name: functools.partial(selection, name) for name in SELECTION}
-  runs |= dict(decode_attention=decoding, fetch_pages=fetching)
+  runs |= dict(decode_attention=decoding, move_pages=moving)
   for backend in backends:
     runs |= {
       f"{name}/{backend}": functools.partial(attention, backend, name) for name in ATTENTION

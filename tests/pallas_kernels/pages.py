@@ -5,9 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 
 P, S, X, D, R = 13, 9, 4, 8, 6
-# Pages and rows that do not exist, at either end.
-NO_PAGES = -1, -P, P, 2**31 - 1
-NO_ROWS = -1, -S, S, 2**31 - 1
 
 
 def put(tree, kind):
@@ -29,8 +26,10 @@ def make_lists(rng, distinct, p=P, s=S, r=R):
     rows = rng.permutation(s)[:r]
   else:
     pages = rng.permutation(p)[:r]
-  pages = np.where(rng.random(r) < 0.3, rng.choice(NO_PAGES, r), pages)
-  rows = np.where(rng.random(r) < 0.1, rng.choice(NO_ROWS, r), rows)
+  # Numbers that do not exist, at either end.
+  no_pages, no_rows = ((-1, -count, count, 2**31 - 1) for count in (p, s))
+  pages = np.where(rng.random(r) < 0.3, rng.choice(no_pages, r), pages)
+  rows = np.where(rng.random(r) < 0.1, rng.choice(no_rows, r), rows)
   return jnp.asarray(pages, jnp.int32), jnp.asarray(rows, jnp.int32)
 
 
