@@ -109,6 +109,32 @@ def test_token_by_token_is_all_at_once(name, stream):
       )
 
 
+@pytest.mark.parametrize(
+  ("name", "stream"), [("infllmv2", "sparse"), ("nsa", "sparse"), ("ssa_nosa", "full")]
+)
+def test_in_bfloat16_token_by_token_is_as_near_as_all_at_once(name, stream):
+  """To float32, by the mean over all logits: single blocks may be chosen another way."""
+  transformer, params = model_of(name)
+  ids = tokens()
+  exact = at_once(transformer, params, ids, stream)
+  rounded = transformer.clone(shape=dataclasses.replace(transformer.shape, dtype="bfloat16"))
+  whole = at_once(rounded, params, ids, stream)
+  cast = caches.cast("bfloat16", params)
+  errors = []
+  for lengths, logits in token_by_token(rounded, cast, ids, stream):
+    for row, length in enumerate(lengths):
+      reference = exact[row, length - 1]
+      errors.append(
+        [rms(x - reference) for x in (np.asarray(logits[row]), whole[row, length - 1])]
+      )
+  ours, theirs = np.mean(errors, axis=0)
+  assert 0 < ours <= 2 * theirs
+
+
+def rms(x):
+  return np.sqrt(np.mean(np.square(x)))
+
+
 def test_rows_that_are_still_short_are_read_whole():
   """With one layer, whose keys do not depend on what was read before."""
   dense, ids = 30, tokens()
