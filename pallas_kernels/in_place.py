@@ -1,9 +1,10 @@
-"""Kernels that write into arrays in host memory.
+"""Kernels that write into arrays which are there already, in the host's memory too.
 
-Pallas says of every result that it lies in device memory, and XLA of a result that takes the
-place of an operand that it lies where that does. A kernel that updates an operand in the
-host's memory is therefore a primitive of its own here, whose results have the types of what
-they replace; compiled, it is the kernel and nothing else.
+A reference that a kernel writes to has an effect, for which some transformations, such as
+flax's scan over layers, refuse a function. And Pallas says of every result that it lies in
+device memory, XLA of a result that takes the place of an operand that it lies where that
+does. Such a kernel is therefore a primitive of its own here: it has no effect, and its results
+have the types of what they replace. Compiled, it is the kernel and nothing else.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ def replace(
     kernel: a function of a module, which is traced with all arrays typed as if they were in
       device memory. Its results take the places of the targets (`input_output_aliases`), in
       their order. It has no other effect.
-    targets: all in host memory.
+    targets: in any memory.
     others: in any memory.
   """
   return tuple(_replace_p.bind(*targets, *others, kernel=kernel, num_targets=len(targets)))

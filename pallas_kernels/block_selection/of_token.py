@@ -39,7 +39,7 @@ def select_blocks_of_token(
   Args:
     q_BHD: queries, positions encoded.
     window_keys_BWKD: what they are compared with, one for each window that `num_keys` keys
-      complete; of those that are not complete at a query's position, anything.
+      complete, or more; of those that are not complete at a query's position, anything.
     position_B: of each query; what lies there and before is its document.
     num_keys: that a row has room for.
     block_size, num_blocks, rule, num_initial, num_local, pooling, normalizer, num_by_query:
@@ -48,8 +48,8 @@ def select_blocks_of_token(
     window_score_BWK: with `num_by_query`, means of the scores of keys over the windows.
 
   Raises:
-    ValueError: numbers that do not fit together, or other numbers of windows than `num_keys`
-      keys complete; the message names them.
+    ValueError: numbers that do not fit together, or fewer windows than `num_keys` keys
+      complete; the message names them.
     KeyError: no such rule.
   """
   rules = make_rules(
@@ -96,7 +96,7 @@ def select_blocks_of_token(
 
 def _check_windows(what: str, pooling: Pooling, x_BW: jax.Array | None, num_keys: int) -> None:
   wanted, found = pooling.num_windows(num_keys), 0 if x_BW is None else x_BW.shape[1]
-  if found != wanted:
+  if found < wanted:
     raise ValueError(
       f"{num_keys} keys complete {wanted} windows {pooling}, got {what} of {found}"
     )

@@ -23,7 +23,6 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import in_place
 from pallas_kernels import mosaic_thread as thread
-from pallas_kernels.fetch_pages import places
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -49,18 +48,22 @@ def why_not(stores) -> str | None:
 
 
 def fetch_pages(stores, slots, pages_R, rows_R, interpret=None):
-  return _move(slots, stores, pages_R, rows_R, interpret=interpret)
+  return _replace(slots, stores, pages_R, rows_R, interpret)
 
 
 def write_pages(stores, slots, pages_R, rows_R, interpret=None):
-  if places.is_on_host(stores[0]):
-    return in_place.replace(_write, stores, *slots, pages_R, rows_R)
-  return _move(stores, slots, rows_R, pages_R, interpret=interpret)
+  return _replace(stores, slots, rows_R, pages_R, interpret)
 
 
-def _write(stores, *others):
-  *slots, pages_R, rows_R = others
-  return _move(stores, slots, rows_R, pages_R)
+def _replace(targets, sources, from_R, to_R, interpret):
+  if interpret:
+    return _move(targets, sources, from_R, to_R, interpret=interpret)
+  return in_place.replace(_move_into, targets, *sources, from_R, to_R)
+
+
+def _move_into(targets, *others):
+  *sources, from_R, to_R = others
+  return _move(targets, sources, from_R, to_R)
 
 
 def _move(targets, sources, from_R, to_R, interpret=None):

@@ -20,6 +20,10 @@ from sparsejax.attention import pages
 from sparsejax.attention.pages import Room
 
 
+# Windows come in such numbers: matrix products would copy others to make them so.
+_ALIGNED = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
   """Something to remember.
@@ -84,16 +88,18 @@ class Windows(Kind):
 
   def spec(self, room: Room) -> jax.ShapeDtypeStruct:
     """For one layer."""
-    return self._spec((room.batch, self.pooling.num_windows(room.length)), room)
+    num_windows = -(-self.pooling.num_windows(room.length) // _ALIGNED) * _ALIGNED
+    return self._spec((room.batch, num_windows), room)
 
   def fill(self, x_LBTK, lengths_B, room: Room) -> jax.Array:
     del lengths_B
     means = x_LBTK
     if self.last is not None:
       means = jax.vmap(lambda x: pallas_kernels.mean_windows(x, None, self.pooling))(x_LBTK)
-    missing = self.pooling.num_windows(room.length) - means.shape[2]
+    spec = self.spec(room)
+    missing = spec.shape[1] - means.shape[2]
     means = jnp.pad(means, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (means.ndim - 3))
-    return means.astype(self.spec(room).dtype)
+    return means.astype(spec.dtype)
 
 
 # What every method needs.

@@ -36,6 +36,14 @@ def for_decoding(transformer: model.Transformer) -> model.Transformer:
   )
 
 
+# Of programs that take a step. Layers are a loop over stacked parameters; by these, products
+# read a layer's matrices where they are, which by default are copied first.
+COMPILER_OPTIONS = {
+  "xla_gpu_enable_dynamic_slice_fusion": True,
+  "xla_gpu_enable_triton_gemm": False,
+}
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def cast(dtype: str, params: dict) -> dict:
   """Parameters as matrix products take them, so that no step reads more bytes than it uses.

@@ -172,7 +172,9 @@ class Decoder:
     with sharding.use(mesh):
       self._cache = caches.make(spec)
     self._begin = jax.jit(self._begin_row, donate_argnums=1)
-    self._step = jax.jit(self._step_rows, donate_argnums=1)
+    self._step = jax.jit(
+      self._step_rows, donate_argnums=1, compiler_options=caches.COMPILER_OPTIONS
+    )
 
   def begin(self, row: int, prompt: Sequence[int], number: int) -> int:
     """Forgets what a row holds and reads a prompt into it; the id drawn after it.

@@ -169,7 +169,7 @@ def measure(
 def make_step(transformer: model.Transformer, stream: method.Stream):
   """A jitted greedy step: `(params, cache, ids_B, lists_SLBKM or None) -> (ids_B, cache)`."""
 
-  @functools.partial(jax.jit, donate_argnums=1)
+  @functools.partial(jax.jit, donate_argnums=1, compiler_options=caches.COMPILER_OPTIONS)
   def step(params, cache, ids_B, lists_SLBKM):
     with nn.intercept_methods(_replay(lists_SLBKM, cache.step)):
       logits_BV, cache = caches.step(transformer, params, cache, ids_B, stream=stream)

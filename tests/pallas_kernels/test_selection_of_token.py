@@ -78,7 +78,7 @@ def test_a_token_lists_what_it_lists_in_its_row(name):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    (dict(num_keys=72), r"72 keys complete 9 windows .*, got keys of 10"),
+    (dict(num_keys=88), r"88 keys complete 11 windows .*, got keys of 10"),
     (
       dict(normalizer=poolings.Pooling(16, 16, 0, 1)),
       r"80 keys complete 5 windows .*, got coarse keys of 0",
