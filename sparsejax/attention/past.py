@@ -19,7 +19,6 @@ import pallas_kernels
 from sparsejax.attention import pages
 from sparsejax.attention.pages import Room
 
-
 # Windows come in such numbers: matrix products would copy others to make them so.
 _ALIGNED = 8
 
