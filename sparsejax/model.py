@@ -13,6 +13,7 @@ from typing import NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax import sharding
 from sparsejax.attention import layer, method, rotary
@@ -233,7 +234,9 @@ class Transformer(nn.Module):
     else:
       body, options = Period, self.options
       use_full_L = use_full_L.reshape(-1, period)
-    number_L = jnp.arange(shape.num_hidden_layers // period)
+    # A constant, of which XLA knows that it is the loop's counter: what layers remember is then
+    # read where it is.
+    number_L = np.arange(shape.num_hidden_layers // period, dtype=np.int32)
     layers = nn.scan(
       body,
       variable_axes={"params": 0, "intermediates": 0, "past": 0},

@@ -109,13 +109,16 @@ def _logits(q_BCHD, keys_BWKD, bounds, scale):
   return jnp.where(is_seen_BCW[:, :, None, None], logits_BCKGW, -jnp.inf)
 
 
-def best(score_BCKN, begin_BC, end_BC, wanted_BC, slots):
-  """Numbers of the best blocks of a range, lower ones first among equals; then -1."""
+def best(score_BCKN, begin_BC, end_BC, wanted_BC, slots, *, top_k=jax.lax.top_k):
+  """Numbers of the best blocks of a range, lower ones first among equals; then -1.
+
+  `top_k` is a function like the default.
+  """
   n = score_BCKN.shape[-1]
   number_11N = jnp.arange(n)[None, None]
   is_in_BCN = (number_11N >= begin_BC[..., None]) & (number_11N < end_BC[..., None])
   score_BCKN = jnp.where(is_in_BCN[:, :, None], score_BCKN, -jnp.inf)
-  top_BCKX, blocks_BCKX = jax.lax.top_k(score_BCKN, min(slots, n))
+  top_BCKX, blocks_BCKX = top_k(score_BCKN, min(slots, n))
   is_wanted_BCX = jnp.arange(min(slots, n))[None, None] < wanted_BC[..., None]
   is_chosen_BCKX = is_wanted_BCX[:, :, None] & ~jnp.isneginf(top_BCKX)
   blocks_BCKX = jnp.where(is_chosen_BCKX, blocks_BCKX, -1).astype(jnp.int32)

@@ -74,7 +74,10 @@ class Last(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Windows(Kind):
-  """One for every window of `pooling` that is complete, [B, W, K, ...].
+  """One for every window of `pooling` that is complete, kept as [B, K, W, ...].
+
+  Those of a key head are side by side, as products with queries read them: a loop over layers
+  would turn all of them around before it, and back behind it.
 
   Attributes:
     pooling: windows.
@@ -88,7 +91,8 @@ class Windows(Kind):
   def spec(self, room: Room) -> jax.ShapeDtypeStruct:
     """For one layer."""
     num_windows = -(-self.pooling.num_windows(room.length) // _ALIGNED) * _ALIGNED
-    return self._spec((room.batch, num_windows), room)
+    part, dtype = self.part(room)
+    return jax.ShapeDtypeStruct((room.batch, room.num_kv_heads, num_windows, *part), dtype)
 
   def fill(self, x_LBTK, lengths_B, room: Room) -> jax.Array:
     del lengths_B
@@ -96,9 +100,9 @@ class Windows(Kind):
     if self.last is not None:
       means = jax.vmap(lambda x: pallas_kernels.mean_windows(x, None, self.pooling))(x_LBTK)
     spec = self.spec(room)
-    missing = spec.shape[1] - means.shape[2]
+    missing = spec.shape[2] - means.shape[2]
     means = jnp.pad(means, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (means.ndim - 3))
-    return means.astype(spec.dtype)
+    return means.swapaxes(2, 3).astype(spec.dtype)
 
 
 # What every method needs.
@@ -128,8 +132,9 @@ class Past:
   token: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
   def of_layer(self, name: str) -> jax.Array:
-    """[B, ...]"""
-    return jax.lax.dynamic_index_in_dim(self.arrays[name], self.layer, keepdims=False)
+    """[B, ...]; of windows [B, W, K, ...]."""
+    x_B = jax.lax.dynamic_index_in_dim(self.arrays[name], self.layer, keepdims=False)
+    return x_B.swapaxes(1, 2) if isinstance(self.kinds[name], Windows) else x_B
 
   def add(self, **token: jax.Array) -> "Past":
     """With what the token has, [B, K, ...] by source, and the means that it completes.
@@ -157,9 +162,10 @@ class Past:
     since = self.position_B + 1 - pooling.size
     is_complete = (since >= 0) & (since % pooling.stride == 0)
     # Beyond the end nothing is written.
-    number = jnp.where(is_complete, since // pooling.stride, array.shape[2])
-    row = jnp.arange(len(number))
-    array = array.at[self.layer, row, number].set(x_BK.astype(array.dtype), mode="drop")
+    number_B = jnp.where(is_complete, since // pooling.stride, array.shape[3])
+    row_B1, head_1K = jnp.arange(len(number_B))[:, None], jnp.arange(array.shape[2])[None]
+    place = self.layer, row_B1, head_1K, number_B[:, None]
+    array = array.at[place].set(x_BK.astype(array.dtype), mode="drop")
     return self._with(name, array)
 
   def _push(self, name: str, x_BK: jax.Array) -> "Past":

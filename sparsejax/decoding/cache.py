@@ -11,7 +11,6 @@ import os
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import pallas_kernels
 from sparsejax import attention, errors, model
@@ -157,16 +156,31 @@ def num_bytes(spec: Cache, *, is_host: bool = False) -> int:
 
 
 def make(spec: Cache) -> Cache:
-  """An empty cache; outside of `jax.jit`."""
+  """An empty cache; outside of `jax.jit`. Pages in the host's memory hold anything."""
 
-  def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
-    if x.sharding is None:
-      return jnp.zeros(x.shape, x.dtype)
-    return jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+  def empty(x: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(x.shape, x.dtype) if x.sharding is None else _allocate(x)
 
-  cache = jax.tree.map(zeros, spec)
+  cache = jax.tree.map(empty, spec)
   all_B = jnp.ones(spec.room.batch, bool)
   return cache.replace(arrays=tuple(pages.release(own, all_B) for own in cache.arrays))
+
+
+def _allocate(x: jax.ShapeDtypeStruct) -> jax.Array:
+  """An array in the host's memory, without one of its size on the device or anywhere else.
+
+  XLA allocates what is written to in parts, and fills nothing of it.
+  """
+
+  @functools.partial(jax.jit, out_shardings=x.sharding)
+  def make():
+    whole, first = (
+      jax.device_put(jnp.zeros((length, *x.shape[1:]), x.dtype), jax.memory.Space.Host)
+      for length in (x.shape[0], 1)
+    )
+    return jax.lax.dynamic_update_slice_in_dim(whole, first, 0, axis=0)
+
+  return make()
 
 
 def check_slots(
