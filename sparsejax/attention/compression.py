@@ -132,6 +132,53 @@ def attend(
   return jnp.pad(out_BTHD, [(0, 0), (first, 0), (0, 0), (0, 0)])
 
 
+def attend_of_chunk(
+  q_BTHD,
+  keys_BWKD,
+  values_BWKD,
+  offset,
+  *,
+  size: int,
+  stride: int,
+  implementation: str = "auto",
+) -> jax.Array:
+  """The same of a chunk of queries of a single document, [B, T, H, D].
+
+  Args:
+    q_BTHD: queries.
+    keys_BWKD, values_BWKD: of windows; those that end behind the chunk may be anything.
+    offset: position of the first query, a multiple of the stride.
+    size, stride: of windows.
+    implementation: see `pallas_kernels.chunk_attention`.
+  """
+  (b, t, h, d), (w, k) = q_BTHD.shape, keys_BWKD.shape[1:3]
+  g, most = h // k, size // stride
+  # The first query belongs to a window that is complete for one query before the chunk already,
+  # unless windows begin at every token.
+  early = (1 - size) % stride
+  n = -(-(early + t) // stride)
+  first = (offset + 1 - size - early) // stride
+  # Queries that see no window are left out, so that the first one left sees the first window.
+  num_blind = jnp.maximum(-first, 0)
+  behind = n * stride - early - t + most * stride
+  q_BXHD = jnp.pad(q_BTHD, [(0, 0), (early, behind), (0, 0), (0, 0)])
+  q_BXHD = jax.lax.dynamic_slice_in_dim(q_BXHD, num_blind * stride, n * stride, axis=1)
+  q_BNCKGD = q_BXHD.reshape(b, n, stride, k, g, d)
+  missing = [(0, 0), (0, max(0, n - w)), (0, 0), (0, 0)]
+  out_BNLD = pallas_kernels.chunk_attention(
+    q_BNCKGD.transpose(0, 1, 3, 2, 4, 5).reshape(b, n, k * stride * g, d),
+    jnp.pad(keys_BWKD, missing),
+    jnp.pad(values_BWKD, missing),
+    jnp.maximum(first, 0),
+    implementation=implementation,
+  )
+  out_BNCKGD = out_BNLD.reshape(b, n, k, stride, g, d).transpose(0, 1, 3, 2, 4, 5)
+  blind = [(0, 0), (most * stride, 0), (0, 0), (0, 0)]
+  out_BXHD = jnp.pad(out_BNCKGD.reshape(b, n * stride, h, d), blind)
+  begin = (most - num_blind) * stride + early
+  return jax.lax.dynamic_slice_in_dim(out_BXHD, begin, t, axis=1)
+
+
 def attend_of_token(
   q_BHD, keys_BWKD, values_BWKD, position_B, *, size: int, stride: int
 ) -> jax.Array:

@@ -11,6 +11,7 @@ import pytest
 from sparsejax import attention, model
 from sparsejax.attention import pages, past
 from sparsejax.decoding import cache as caches
+from sparsejax.decoding import prefill
 from tests import small
 
 LENGTH, SIZE = 43, 8
@@ -88,7 +89,7 @@ def token_by_token(transformer, params, ids, stream):
   longest = int(PROMPTS.max())
   # Behind a row's prompt there may be anything.
   prompts = jnp.where(jnp.arange(longest)[None] < PROMPTS[:, None], ids[:, :longest], 7)
-  run = functools.partial(caches.prefill, transformer, stream=stream, room=room)
+  run = functools.partial(prefill.prefill, transformer, stream=stream, room=room)
   logits, cache = jax.jit(run)(params, prompts, jnp.asarray(PROMPTS))
   step = jax.jit(functools.partial(caches.step, transformer, stream=stream), donate_argnums=1)
   for lengths in PROMPTS + np.arange(LENGTH - longest)[:, None]:
@@ -175,7 +176,7 @@ def test_pages_on_the_host_give_the_same_bits(name):
   room = caches.room(transformer, batch=num_rows, length=LENGTH, num_slots=num_slots)
   one = dataclasses.replace(room, batch=1)
   longest = int(PROMPTS.max())
-  run = jax.jit(functools.partial(caches.prefill, transformer, stream="sparse", room=one))
+  run = jax.jit(functools.partial(prefill.prefill, transformer, stream="sparse", room=one))
 
   def begin(room):
     cache = caches.make(caches.spec(transformer, "sparse", room))
