@@ -29,9 +29,7 @@ def chunk_attention(problem: Problem, window: int | None) -> jax.Array:
   # A row of no keys has no softmax: where there is nothing before, one key is read for naught.
   lengths_B = jnp.broadcast_to(jnp.maximum(offset, 1), (b,))
   before_BTHD, before_lse_BTH = _attend(q_BTHD, k_BSKD, v_BSKD, scale, lengths_B)
-  return merge(
-    own_BTHD[..., :d], own_lse_BTH, before_BTHD[..., :d], before_lse_BTH, offset > 0
-  )
+  return merge(own_BTHD[..., :d], own_lse_BTH, before_BTHD[..., :d], before_lse_BTH, offset > 0)
 
 
 def merge(own_BTHD, own_lse_BTH, before_BTHD, before_lse_BTH, is_there) -> jax.Array:

@@ -100,10 +100,14 @@ class Nsa(method.SparseMethod):
         tokens[f"{name}_{branch}"] = x
     recent = {}
     if nsa.kv == "separate":
-      recent = {name: chunk.from_first(name, tokens[name]) for name in ("keys_win", "values_win")}
+      recent = {
+        name: chunk.from_first(name, tokens[name]) for name in ("keys_win", "values_win")
+      }
     for short, name in (("k", "keys"), ("v", "values")):
       # A window that ends in the chunk begins less than its length before it.
-      since_BTKD = chunk.since_last(f"{name}_cmp", tokens[f"{name}_cmp"])[:, nsa.compress_stride :]
+      since_BTKD = chunk.since_last(f"{name}_cmp", tokens[f"{name}_cmp"])[
+        :, nsa.compress_stride :
+      ]
       windows_BWKD = self._compress(short, since_BTKD, None)
       chunk = chunk.add_windows(f"{name}_windows", windows_BWKD, nsa.compress_stride)
     chunk = chunk.add(**tokens)

@@ -94,9 +94,7 @@ def prefill(
     )
     # The last token of a row is in one of the chunks.
     place_B11 = (lengths_B - 1 - offset)[:, None, None]
-    found_B1E = jnp.take_along_axis(
-      output.hidden_BTE, jnp.clip(place_B11, 0, size - 1), axis=1
-    )
+    found_B1E = jnp.take_along_axis(output.hidden_BTE, jnp.clip(place_B11, 0, size - 1), axis=1)
     is_here_B11 = (place_B11 >= 0) & (place_B11 < size)
     last_BE = jnp.where(is_here_B11[:, 0], found_B1E[:, 0], last_BE)
     return output.cache, last_BE
