@@ -14,7 +14,7 @@ from pallas_kernels.full_attention import cudnn
 
 
 def chunk_attention(problem: Problem, window: int | None) -> jax.Array:
-  (b, t, h, d), s = problem.q_BTHD.shape, problem.k_BSKD.shape[1]
+  b, t, _, d = problem.q_BTHD.shape
   if problem.is_whole:
     return _causal(problem, window)
   if window is not None:
@@ -46,7 +46,7 @@ def _causal(problem: Problem, window: int | None):
 
 
 def _in_window(problem: Problem, window: int):
-  """Causal attention of the keys from `window - 1` before the chunk on, and of as many queries."""
+  """Causal attention from `window - 1` keys before the chunk on, and of as many queries."""
   q_BTHD, k_BSKD, v_BSKD, offset, bias_BSK = problem
   t, s = q_BTHD.shape[1], k_BSKD.shape[1]
   n = min(s, t + window - 1)

@@ -6,7 +6,8 @@ A method is a linen module called as
 
 that attends over what the layer has projected and rotated. While a model decodes, there is one
 token per row (T = 1), and `past` has the ones before it; while it reads prompts, there is a
-chunk of them, and what came before; otherwise `past` is None. Every method can run three streams, so that one set of weights can be trained one way and evaluated in others:
+chunk of each, and `past` has what came before; otherwise it is None. Every method can run three
+streams, so that one set of weights can be trained one way and evaluated in others:
 
   train   what the method does in training
   full    every query reads every earlier key

@@ -13,7 +13,7 @@ from sparsejax.attention import pages, past
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import prefill
 from tests import small
-from tests.sparsejax.decoding.models import METHODS, SIZE, STREAMS, at_once, model_of
+from tests.sparsejax.decoding.models import SIZE, STREAMS, at_once, model_of
 
 LENGTH = 43
 # Two rows that begin to decode before, at and behind the borders of blocks.

@@ -17,7 +17,7 @@ from sparsejax.attention import past
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import prefill
 from tests import small
-from tests.sparsejax.decoding.models import METHODS, SIZE, STREAMS, at_once, model_of
+from tests.sparsejax.decoding.models import SIZE, STREAMS, at_once, model_of
 
 # At, before and behind the borders of chunks, blocks and windows.
 LENGTHS = np.array([1, 7, 8, 9, 15, 30, 41, 24])
