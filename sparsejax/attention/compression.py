@@ -9,6 +9,8 @@ D head size, F width within the MLP; of attention, C queries that see the same w
 heads of a key head, L = K C G heads of what is left.
 """
 
+from collections.abc import Callable
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -206,17 +208,44 @@ def choose(
   Raises:
     CannotRunError: what was asked for cannot run.
   """
-  op, (b, t, h, d), k = "compressed_attention", q_BTHD.shape, k_BTKD.shape[2]
+  (b, t, h, d), k = q_BTHD.shape, k_BTKD.shape[2]
   w = max(0, (t - size) // stride + 1)
   segments_BW = jax.ShapeDtypeStruct((b, w), jnp.int32) if has_documents else None
+  return _choose(
+    pallas_kernels.choose_full_attention,
+    "compressed_attention",
+    jax.ShapeDtypeStruct((b, w, stride * h, d), q_BTHD.dtype),
+    *[jax.ShapeDtypeStruct((b, w, k, d), k_BTKD.dtype)] * 2,
+    segments_BT=segments_BW,
+    max_documents=max_documents,
+    implementation=implementation,
+  )
+
+
+def choose_chunk(
+  q_BTHD: jax.ShapeDtypeStruct,
+  k_BSKD: jax.ShapeDtypeStruct,
+  *,
+  size: int,
+  stride: int,
+  implementation: str,
+) -> pallas_kernels.Choice:
+  """The same of `attend_of_chunk`, for a chunk of queries and all keys."""
+  (b, t, h, d), (_, s, k, _) = q_BTHD.shape, k_BSKD.shape
+  n = -(-((1 - size) % stride + t) // stride)
+  w = max(n, (s - size) // stride + 1)
+  return _choose(
+    pallas_kernels.choose_chunk_attention,
+    "compressed_chunk_attention",
+    jax.ShapeDtypeStruct((b, n, stride * h, d), q_BTHD.dtype),
+    *[jax.ShapeDtypeStruct((b, w, k, d), k_BSKD.dtype)] * 2,
+    implementation=implementation,
+  )
+
+
+def _choose(choose: Callable[..., pallas_kernels.Choice], op: str, *arrays, **options):
+  """What another operation chooses, by the name of this one."""
   try:
-    choice = pallas_kernels.choose_full_attention(
-      jax.ShapeDtypeStruct((b, w, stride * h, d), q_BTHD.dtype),
-      *[jax.ShapeDtypeStruct((b, w, k, d), k_BTKD.dtype)] * 2,
-      segments_BT=segments_BW,
-      max_documents=max_documents,
-      implementation=implementation,
-    )
+    return choose(*arrays, **options)._replace(op=op)
   except pallas_kernels.CannotRunError as error:
     raise pallas_kernels.CannotRunError(op, error.asked, error.reasons, "xla") from None
-  return choice._replace(op=op)

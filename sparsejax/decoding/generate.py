@@ -13,7 +13,7 @@ import numpy as np
 
 import pallas_kernels
 from sparsejax import errors, model, sharding
-from sparsejax.attention import backends, method, past
+from sparsejax.attention import backends, method, past, prompt_backends
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import prefill
 from sparsejax.decoding import sampling as samplings
@@ -62,7 +62,8 @@ def generate(
     prefill_chunk: tokens of a prompt that are read at a time, whole blocks; None is about
       4096 (see `prefill.chunk_size`).
     on_token: called with the number of a prompt and an id, as each is drawn.
-    on_choice: called before that with where pages are, and what reads and moves them.
+    on_choice: called before that with where pages are, what reads and moves them, and what
+      reads prompts.
 
   Raises:
     ConfigError: a number that makes no sense, a prompt that does not fit in `length`, or
@@ -127,7 +128,7 @@ class Decoder:
   powers of two, so that few programs are compiled.
 
   Attributes:
-    backends: where pages are, and what reads and moves them.
+    backends: where pages are, what reads and moves them, and what reads prompts.
   """
 
   def __init__(
@@ -170,6 +171,13 @@ class Decoder:
       choice,
       *backends.choose_decoding(
         options, stream, self._room, num_heads=shape.num_attention_heads
+      ),
+      *prompt_backends.choose(
+        options,
+        stream,
+        self._room,
+        num_heads=shape.num_attention_heads,
+        chunk=self._chunk,
       ),
     ]
     self._key = jax.random.key(seed)
