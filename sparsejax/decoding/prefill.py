@@ -92,11 +92,10 @@ def prefill(
       stream=stream,
       cache=read.replace(offset=offset),
     )
-    # The last token of a row is in one of the chunks.
+    # What a chunk leaves is overwritten by the next, until the row has ended.
     place_B11 = (lengths_B - 1 - offset)[:, None, None]
     found_B1E = jnp.take_along_axis(output.hidden_BTE, jnp.clip(place_B11, 0, size - 1), axis=1)
-    is_here_B11 = (place_B11 >= 0) & (place_B11 < size)
-    last_BE = jnp.where(is_here_B11[:, 0], found_B1E[:, 0], last_BE)
+    last_BE = jnp.where(place_B11[:, 0] >= 0, found_B1E[:, 0], last_BE)
     return output.cache, last_BE
 
   begin = read, jnp.zeros((len(ids_BT), width), dtype)
