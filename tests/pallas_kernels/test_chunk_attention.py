@@ -1,5 +1,6 @@
 """Attention of a chunk: its definition, its XLA path, and how cuDNN's two softmaxes are one."""
 
+import functools
 import inspect
 
 import jax
@@ -181,3 +182,25 @@ def test_cudnn_on_a_gpu_is_the_definition(window, has_bias):
     np.testing.assert_allclose(
       actual.astype(jnp.float32), wanted.astype(jnp.float32), atol=0.05
     )
+
+
+@pytest.mark.parametrize(("window", "calls"), [(None, 2), (100, 1)])
+def test_calls_of_cudnn_are_lowered_for_cuda(window, calls, monkeypatch):
+  """As JAX builds them, on a device of which it is told."""
+  internal = "jax._src.cudnn.fused_attention_stablehlo"
+  monkeypatch.setattr(f"{internal}.check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(f"{internal}.check_compute_capability", lambda *_: True)
+  monkeypatch.setattr(f"{internal}.is_cuda_compute_capability_equal", lambda *_: False)
+  monkeypatch.setattr(whole_rows, "why_not", lambda *args, **options: None)
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  q, k = shape((2, 128, 8, 64)), shape((2, 1024, 2, 64))
+  bias = jax.ShapeDtypeStruct((2, 1024, 2), jnp.float32)
+
+  def run(q, k, bias, offset):
+    options = dict(window=window, key_bias_BSK=bias, implementation="cudnn")
+    return chunk_attention(q, k, k, offset, **options)
+
+  traced = jax.jit(run).trace(q, k, bias, jax.ShapeDtypeStruct((), jnp.int32))
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("custom_call @__cudnn$fmhaSoftmax") == calls
+  assert text.count("PADDING") == calls - 1  # keys before the chunk, as many as there are
