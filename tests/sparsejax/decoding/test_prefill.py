@@ -70,7 +70,7 @@ def known(kind, x_LB, row, length, room):
     return rows[:, row, :, :length]
   if isinstance(kind, past.Last):
     return x_LB[:, row, max(0, kind.size - length) :]
-  return x_LB[:, row, : kind.pooling.num_windows(length)]
+  return x_LB[:, row, :, : kind.pooling.num_windows(length)]
 
 
 # Every kind of memory, and every array that a layer keeps of prompts.
