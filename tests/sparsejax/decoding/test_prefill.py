@@ -17,7 +17,7 @@ from sparsejax.attention import past
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import prefill
 from tests import small
-from tests.sparsejax.decoding.models import SIZE, STREAMS, at_once, model_of
+from tests.sparsejax.decoding.models import METHODS, SIZE, STREAMS, at_once, model_of
 
 # At, before and behind the borders of chunks, blocks and windows.
 LENGTHS = np.array([1, 7, 8, 9, 15, 30, 41, 24])
@@ -216,3 +216,38 @@ def test_a_chunk_is_whole_blocks():
   transformer, params = model_of("full")
   with pytest.raises(errors.ConfigError, match="prefill_chunk=12 is not a multiple of the 8"):
     read(transformer, params, tokens(), LENGTHS, 12)
+
+
+def rms(x):
+  return np.sqrt(np.mean(np.square(x)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+  ("name", "stream"),
+  [("nosa", "sparse"), ("ssa_nosa", "full"), ("nsa", "sparse"), ("sliding_window", "sparse")],
+)
+def test_on_kernels_chunks_are_as_near_to_float32_as_whole_rows(name, stream):
+  """By the mean over all rows' logits: single blocks may be chosen another way."""
+  changes = dict(
+    attention__block_size=16,
+    attention__num_blocks=8,
+    attention__window=100,
+    model__head_dim=64,
+    infllmv2__num_local=2,
+    infllmv2__window_size=8,
+    infllmv2__window_stride=4,
+    nsa__compress_length=32,
+    nsa__compress_stride=16,
+    nsa__window=100,
+  )
+  exact = caches.for_decoding(small.make_model(**METHODS[name] | changes))
+  changes |= dict(attention__kernels="strict", model__dtype="bfloat16")
+  rounded = caches.for_decoding(small.make_model(**METHODS[name] | changes))
+  params, length, chunk = small.make_params(exact, scale=4.0), 1000, 256
+  ids, lengths = tokens(length), np.array([1, 255, 256, 257, 500, 1000, 769, 16])
+  truth = at_once(exact, params, ids, stream)
+  whole = at_once(rounded, params, ids, stream)
+  logits, _ = read(rounded, params, ids, lengths, chunk, stream=stream, length=length)
+  last = np.arange(len(lengths)), lengths - 1
+  assert 0 < rms(logits - truth[last]) <= 2 * rms(whole[last] - truth[last])
