@@ -158,13 +158,18 @@ class Decoder:
     self._chunk = prefill.chunk_size(options.block_size, prefill_chunk)
     with sharding.use(mesh):
       self._params = jax.block_until_ready(caches.cast(shape.dtype, params))
+    room = caches.room(self._transformer, batch=batch, length=length)
+    free = caches.free_bytes()
+    if free is not None:
+      # Beside the cache there is a prompt that is being read.
+      free = max(0, free - prefill.num_bytes(self._transformer, stream, room, self._chunk))
     self._room, choice = caches.place(
       self._transformer,
       stream,
-      caches.room(self._transformer, batch=batch, length=length),
+      room,
       offload=offload,
       num_slots=num_slots,
-      limit=caches.free_bytes(),
+      limit=free,
       num_devices=mesh.size,
     )
     self.backends = [
@@ -184,7 +189,7 @@ class Decoder:
     self._draw_with = functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids)
     spec = caches.spec(self._transformer, stream, self._room)
     caches.check_slots(self._transformer, stream, self._room, mesh)
-    caches.check_size(spec, caches.free_bytes(), caches.host_limit())
+    caches.check_size(spec, free, caches.host_limit())
     with sharding.use(mesh):
       self._cache = caches.make(spec)
     self._begin = jax.jit(self._begin_row, donate_argnums=1)

@@ -4,6 +4,7 @@ Letters: B rows, T tokens, C tokens of a chunk, E width, V vocabulary.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,33 @@ def chunk_size(block_size: int, asked: int | None = None) -> int:
       f"{chunk_size(block_size)}."
     )
   return asked
+
+
+def num_bytes(
+  transformer: model.Transformer, stream: method.Stream, room: pages.Room, chunk: int
+) -> int:
+  """Bytes that a device needs to read a row as long as there is room for, beside the cache.
+
+  For what layers know of the prompt, and for the cache that it becomes; activations of a chunk
+  are not counted, nor is a row divided.
+  """
+  one = dataclasses.replace(room, batch=1, num_slots=None)
+
+  def arrays(lengths_B):
+    size = min(chunk, one.length)
+    read = _begin(transformer, stream, one, lengths_B, one.length, size)
+    return read.arrays, read.as_cache().arrays
+
+  shapes = jax.eval_shape(arrays, jax.ShapeDtypeStruct((1,), jnp.int32))
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+def _begin(transformer, stream, room, lengths_B, length: int, chunk: int) -> prompt.Prompt:
+  """Prompts of up to so many tokens, of which nothing has been read."""
+  kinds = caches.spec(transformer, stream, room).kinds
+  layers = transformer.shape.num_hidden_layers // len(kinds)
+  capacity = -(-length // chunk) * chunk
+  return prompt.empty(kinds, lengths_B, room, layers=layers, capacity=capacity)
 
 
 def prefill(
@@ -70,13 +98,10 @@ def prefill(
   """
   block, t = transformer.options.block_size, ids_BT.shape[1]
   size = min(chunk_size(block, chunk), -(-t // block) * block)
-  num_chunks = -(-t // size)
-  ids_BT = jnp.pad(ids_BT, [(0, 0), (0, num_chunks * size - t)])
   # Where pages will lie is no matter to what is read.
   room = dataclasses.replace(room, num_slots=None)
-  kinds = caches.spec(transformer, stream, room).kinds
-  layers = transformer.shape.num_hidden_layers // len(kinds)
-  read = prompt.empty(kinds, lengths_B, room, layers=layers, capacity=num_chunks * size)
+  read = _begin(transformer, stream, room, lengths_B, t, size)
+  ids_BT = jnp.pad(ids_BT, [(0, 0), (0, read.capacity - t)])
   width, dtype = transformer.shape.hidden_size, transformer.shape.dtype
 
   def read_chunk(number, carry):
@@ -99,7 +124,7 @@ def prefill(
     return output.cache, last_BE
 
   begin = read, jnp.zeros((len(ids_BT), width), dtype)
-  if num_chunks == 1:
+  if read.capacity == size:
     read, last_BE = read_chunk(jnp.int32(0), begin)
   else:
     num_read = (lengths_B.max() + size - 1) // size

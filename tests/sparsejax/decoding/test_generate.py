@@ -11,6 +11,7 @@ import pytest
 from sparsejax import errors, model, sharding
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import generate as generation
+from sparsejax.decoding import prefill
 from sparsejax.decoding import sampling as samplings
 from tests import small
 
@@ -157,6 +158,19 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_runs(monkeypatch):
     errors.UserError, match=r"a cache of 8 rows takes 0\.\d\d GiB and the device has 0\.00 GiB"
   ):
     generate(length=512)
+
+
+def test_a_prompt_that_is_read_has_room_beside_the_cache(monkeypatch):
+  transformer, *_ = make()
+  room = caches.room(transformer, batch=8, length=64)
+  needed = caches.num_bytes(caches.spec(transformer, "sparse", room))
+  needed += prefill.num_bytes(transformer, "sparse", room, 16)
+  options = dict(length=64, prefill_chunk=16, offload="never")
+  monkeypatch.setattr("sparsejax.decoding.cache.free_bytes", lambda: needed - 1)
+  with pytest.raises(errors.UserError, match="a cache of 8 rows takes"):
+    generate(**options)
+  monkeypatch.setattr("sparsejax.decoding.cache.free_bytes", lambda: needed)
+  assert generate(**options) == generate()
 
 
 @pytest.mark.parametrize("setting", [None, "1"])

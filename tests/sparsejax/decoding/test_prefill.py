@@ -201,6 +201,17 @@ def test_devices_read_rows_of_their_own():
   assert_logits(logits, expected, LENGTHS)
 
 
+def test_bytes_beside_the_cache_are_what_a_prompt_takes():
+  """Two layers, keys and values of 2 x 8 float32: 256 bytes a token, twice."""
+  transformer, _ = model_of("full")
+  transformer = transformer.clone(
+    options=dataclasses.replace(transformer.options, layer_methods=("full",))
+  )
+  room = caches.room(transformer, batch=3, length=80)
+  assert prefill.num_bytes(transformer, "full", room, 32) == 256 * (96 + 80)
+  assert prefill.num_bytes(transformer, "full", room, 128) == 256 * (80 + 80)
+
+
 def test_a_chunk_is_whole_blocks():
   assert prefill.chunk_size(16) == 4096
   assert prefill.chunk_size(48) == 4080
