@@ -7,6 +7,7 @@ from pallas_kernels.block_sparse_attention.api import (
   block_sparse_attention,
   choose_block_sparse_attention,
 )
+from pallas_kernels.chunk_attention.api import choose_chunk_attention, chunk_attention
 from pallas_kernels.decode_attention.api import choose_decode_attention, decode_attention
 from pallas_kernels.dispatch import CannotRunError, Choice
 from pallas_kernels.dual_path_attention.api import (
@@ -28,11 +29,13 @@ __all__ = [
   "block_sparse_attention",
   "choose_block_selection",
   "choose_block_sparse_attention",
+  "choose_chunk_attention",
   "choose_decode_attention",
   "choose_dual_path_attention",
   "choose_fetch_pages",
   "choose_full_attention",
   "choose_write_pages",
+  "chunk_attention",
   "decode_attention",
   "dual_path_attention",
   "fetch_pages",

@@ -54,6 +54,7 @@ def run(asked: argparse.Namespace) -> int:
     stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
     offload=asked.offload,
     num_slots=asked.num_slots,
+    prefill_chunk=asked.prefill_chunk,
     on_token=show,
     on_choice=lambda choice: sys.stderr.write(f"backend of {choice}\n"),
   )
@@ -133,6 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
   add("--seed", type=int, default=0, help="of the draws")
   add("--offload", default="auto", help="pages in the host's memory: auto, never, always")
   add("--num_slots", type=int, help="pages per row and key head on the device, if not all")
+  add("--prefill_chunk", type=int, help="tokens of a prompt read at a time; about 4096")
   add("--kernels", choices=("auto", "strict"), help="in place of the config's")
   asked = parser.parse_args(arguments)
   return command_line.friendly(lambda _: run(asked))([])

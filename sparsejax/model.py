@@ -17,7 +17,8 @@ import numpy as np
 
 from sparsejax import sharding
 from sparsejax.attention import layer, method, rotary
-from sparsejax.attention.past import Cache, Past
+from sparsejax.attention.past import Cache
+from sparsejax.attention.prompt import Prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,12 +51,12 @@ class Output(NamedTuple):
   Attributes:
     hidden_BTE: normed output of the last layer; `unembedding` turns it into logits.
     align_L: each layer's disagreement of streams (SSA), float32.
-    cache: with the tokens at hand, while the model decodes.
+    cache: with the tokens at hand, where one was given.
   """
 
   hidden_BTE: jax.Array
   align_L: jax.Array
-  cache: Cache | None = None
+  cache: Cache | Prompt | None = None
 
 
 def _saves_attention(primitive, *args, **parameters) -> bool:
@@ -108,13 +109,13 @@ class Block(nn.Module):
   stream: method.Stream
 
   @nn.compact
-  def __call__(self, carry, angles_BTD, segments_BT, past: Past | None, use_full, number):
+  def __call__(self, carry, angles_BTD, segments_BT, past: method.Earlier, use_full, number):
     """Takes hidden states [B, T, E] through the layer.
 
     Args:
-      carry: those, and while the model decodes what the layer's stack remembers; else None.
+      carry: those, and with a cache what the layer's stack remembers; else None.
       angles_BTD, segments_BT, use_full: see `layer.Attention`.
-      past: while the model decodes, all there is to know of the past but that.
+      past: with a cache, all there is to know of the past but that.
       number: of the layer in its stack.
     """
     x_BTE, arrays = carry
@@ -190,9 +191,9 @@ class Transformer(nn.Module):
     *,
     stream: method.Stream = "train",
     use_full_L=None,
-    cache: Cache | None = None,
+    cache: Cache | Prompt | None = None,
   ) -> Output:
-    """Runs the model, or with a cache one token of every row.
+    """Runs the model: whole rows, or with a cache one token or one chunk of every row.
 
     Args:
       inputs_BT: token ids.
@@ -201,7 +202,8 @@ class Transformer(nn.Module):
       stream: `train`, `full` or `sparse` (see `attention.method`).
       use_full_L: SSA in training: which layers run on the full stream, bool (see
         `attention.ssa.toss`); None is all.
-      cache: of the tokens before those at hand; their positions are its lengths.
+      cache: of the tokens before those at hand: to decode, a `Cache` whose lengths are their
+        positions; to read a chunk of prompts, a `Prompt` (see `decoding.prefill`).
     """
     shape = self.shape
     if use_full_L is None:
@@ -239,7 +241,7 @@ class Transformer(nn.Module):
     number_L = np.arange(shape.num_hidden_layers // period, dtype=np.int32)
     layers = nn.scan(
       body,
-      variable_axes={"params": 0, "intermediates": 0, "past": 0},
+      variable_axes={"params": 0, "intermediates": 0},
       split_rngs={"params": True},
       in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
       length=shape.num_hidden_layers // period,

@@ -25,10 +25,11 @@ def fill(
   lists_BTKQ: jax.Array, problem: Problem, rules: Rules, bounds: plan.Bounds
 ) -> jax.Array:
   """Lists of M blocks: those given, and the best others by `problem.key_score_BSK`."""
-  candidates_BOKC = _candidates(problem, rules)
+  candidates_BOKC, first_block = _candidates(problem, rules)
   b = bounds.own_block.shape[0]
   row_B1 = jnp.arange(b)[:, None]
-  return fill_with(lists_BTKQ, candidates_BOKC[row_B1, bounds.own_block], rules, bounds)
+  candidates_BTKC = candidates_BOKC[row_B1, bounds.own_block - first_block]
+  return fill_with(lists_BTKQ, candidates_BTKC, rules, bounds)
 
 
 def fill_with(
@@ -97,22 +98,29 @@ def ranked(scores_BKN: jax.Array, own_BO: jax.Array, first_BO: jax.Array, rules:
   return jnp.where(jnp.isneginf(best), -1, blocks)
 
 
-def _candidates(problem: Problem, rules: Rules) -> jax.Array:
-  """The best M blocks for the queries of every block [B, O, K, C], best first; -1 for none."""
+def _candidates(problem: Problem, rules: Rules) -> tuple[jax.Array, jax.Array]:
+  """The best M blocks for queries of each block [B, O, K, C], best first; -1 for none.
+
+  And the first of the blocks that queries are in; others have no candidates.
+  """
   scores_BKN = block_scores(problem, rules)
   b, k, n = scores_BKN.shape
-  first_BN = jnp.zeros((b, n), jnp.int32)
+  # The first query may be anywhere in its block.
+  num_own = min(n, -(-(problem.q_BTHD.shape[1] - 1) // rules.block_size) + 1)
+  first_block = jnp.minimum(problem.query_offset // rules.block_size, n - num_own)
+  own_O = first_block + jnp.arange(num_own)
+  first_BO = jnp.zeros((b, num_own), jnp.int32)
   if problem.segments_BS is not None:
-    starts = jnp.arange(n) * rules.block_size
-    first_BN = documents.first_positions(problem.segments_BS)[:, starts] // rules.block_size
+    starts_O = own_O * rules.block_size
+    first_BO = documents.first_positions(problem.segments_BS)[:, starts_O] // rules.block_size
 
   def rank(part):
     own_O, first_BO = part
     return ranked(scores_BKN, own_O[None], first_BO, rules)
 
-  size = min(n, _BLOCKS_AT_ONCE)
-  pad = -n % size
-  own = jnp.pad(jnp.arange(n), (0, pad)).reshape(-1, size)
-  first = jnp.pad(first_BN, [(0, 0), (0, pad)]).reshape(b, -1, size).swapaxes(0, 1)
+  size = min(num_own, _BLOCKS_AT_ONCE)
+  pad = -num_own % size
+  own = jnp.pad(own_O, (0, pad)).reshape(-1, size)
+  first = jnp.pad(first_BO, [(0, 0), (0, pad)]).reshape(b, -1, size).swapaxes(0, 1)
   parts = lax.map(rank, (own, first)).swapaxes(0, 1)
-  return parts.reshape(b, -1, k, parts.shape[-1])[:, :n]
+  return parts.reshape(b, -1, k, parts.shape[-1])[:, :num_own], first_block

@@ -82,7 +82,9 @@ def block_sparse_attention(
     segments_BS,
     key_bias_BSK,
   )
-  known_offset = query_offset if isinstance(query_offset, int) else None
+  # As many queries as keys can only begin with the first.
+  is_whole = q_BTHD.shape[1] == k_BSKD.shape[1]
+  known_offset = query_offset if isinstance(query_offset, int) else 0 if is_whole else None
   scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
   run = _IMPLEMENTATIONS[_choose(problem, block_size, implementation).backend]
   return run(problem, known_offset, block_size, scale)

@@ -3,7 +3,7 @@
 Letters: B batch, T tokens, H query heads, K key/value heads, D head size, M blocks listed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,18 @@ def choose(
   """
   asked = _Questions(options, dtype, num_heads, num_kv_heads, head_dim, length)
   layers = [options.of_layer(place) for place in range(len(options.pattern))]
-  questions = [ask for own in layers for ask in asked.of_layer(own)]
+  choices = answers([ask for own in layers for ask in asked.of_layer(own)])
+  choices += [asked.dual_path_attention(own) for own in layers if asked.has_dual_path(own)]
+  # Methods share operations, and a window may be as long as another's.
+  return list(dict.fromkeys(choices))
+
+
+# The key of `attention` that names a backend, and what tells which one it is.
+type Question = tuple[str, Callable[[], pallas_kernels.Choice]]
+
+
+def answers(questions: Sequence[Question]) -> list[pallas_kernels.Choice]:
+  """What was chosen; raises one ConfigError for all that cannot run, a line for each."""
   choices, problems = [], {}
   for key, ask in questions:
     try:
@@ -48,12 +59,7 @@ def choose(
       problems[error.op, key] = _problem(key, error)
   if problems:
     raise errors.ConfigError("\n".join(problems.values()))
-  choices += [asked.dual_path_attention(own) for own in layers if asked.has_dual_path(own)]
-  # Methods share operations, and a window may be as long as another's.
-  return list(dict.fromkeys(choices))
-
-
-type _Question = tuple[str, Callable[[], pallas_kernels.Choice]]
+  return choices
 
 
 class _Questions:
@@ -75,7 +81,7 @@ class _Questions:
     self._full_segments_BT = options.full_segments(tokens)
     self._sparse_segments_BT = options.sparse_segments(tokens)
 
-  def of_layer(self, own: method.Options) -> list[_Question]:
+  def of_layer(self, own: method.Options) -> list[Question]:
     """What a layer runs, full and sparse: the key that names backends, and the question."""
     questions = [("full_implementation", lambda: self.full_attention(own))]
     if own.is_always_full:
@@ -216,15 +222,7 @@ def choose_decoding(
   if room.num_slots is not None:
     asks.append(lambda: move(pallas_kernels.choose_fetch_pages, most))
     asks.append(lambda: move(pallas_kernels.choose_write_pages, 1))
-  choices, problems = [], []
-  for ask in asks:
-    try:
-      choices.append(ask())
-    except pallas_kernels.CannotRunError as error:
-      problems.append(_problem("kernels", error))
-  if problems:
-    raise errors.ConfigError("\n".join(problems))
-  return choices
+  return answers([("kernels", ask) for ask in asks])
 
 
 def _problem(key: str, error: pallas_kernels.CannotRunError) -> str:

@@ -10,7 +10,7 @@ import pallas_kernels
 from sparsejax import sharding
 from sparsejax.attention import full, method
 from sparsejax.attention import past as pasts
-from sparsejax.attention.method import HEADS, KEY_SCORES, KV_HEADS, SEGMENTS
+from sparsejax.attention.method import HEADS, KEY_SCORES, KV_HEADS, OFFSET, SEGMENTS
 
 
 class BlockSparse(method.SparseMethod):
@@ -25,14 +25,15 @@ class BlockSparse(method.SparseMethod):
     del v_BTKD
 
   def __call__(
-    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Past | None = None
+    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Earlier = None
   ) -> method.Attended:
     score_BTK = self.key_scores(v_BTKD)
+    if isinstance(past, method.Chunk):
+      return self._prefill(q_BTHD, k_BTKD, v_BTKD, score_BTK, stream, past)
     if past is not None:
       return self._decode(q_BTHD, k_BTKD, v_BTKD, score_BTK, stream, past)
     if score_BTK is not None:
       self.sow("intermediates", "key_bias", score_BTK)
-      self.sow("past", "key_bias", score_BTK)
     if stream == "full" or self.is_dense(self.options, q_BTHD.shape[1]):
       self.choose(q_BTHD, k_BTKD, v_BTKD, tokens)
       out_BTHD = full.full_stream(q_BTHD, k_BTKD, v_BTKD, tokens, self.options, score_BTK)
@@ -78,7 +79,7 @@ class BlockSparse(method.SparseMethod):
     kinds = dict(pasts.KEYS_AND_VALUES)
     if cls.has_key_scores:
       kinds["bias"] = pasts.Pages("key_bias", is_scalar=True)
-    if stream == "full" or _lists_everything(options, length):
+    if stream == "full" or lists_everything(options, length):
       return kinds
     rules = cls.selection(options, length)
     size = options.block_size
@@ -96,12 +97,33 @@ class BlockSparse(method.SparseMethod):
       )
     return kinds
 
+  def _prefill(self, q_BTHD, k_BTKD, v_BTKD, score_BTK, stream, chunk) -> method.Attended:
+    """A chunk of prompts, with what came before it."""
+    options = self.options
+    scores = {} if score_BTK is None else dict(key_bias=score_BTK)
+    chunk = chunk.add(keys=k_BTKD, values=v_BTKD, **scores)
+
+    def dense():
+      return full.full_of_chunk(q_BTHD, chunk, options)
+
+    def sparse():
+      keys, values = chunk.of_layer("keys"), chunk.of_layer("values")
+      score_BSK = None if score_BTK is None else chunk.of_layer("key_bias")
+      blocks_BTKM = self._list_chunk(q_BTHD, keys, None, score_BSK, chunk.length, chunk.offset)
+      return read(q_BTHD, keys, values, blocks_BTKM, None, options, score_BSK, chunk.offset)
+
+    if stream == "full" or lists_everything(options, chunk.length):
+      out_BTHD = dense()
+    else:
+      out_BTHD = chunk.by_length(self.dense_length(options), dense, sparse)
+    return method.Attended(out_BTHD, jnp.float32(0), chunk)
+
   def _decode(self, q_B1HD, k_B1KD, v_B1KD, score_B1K, stream, past) -> method.Attended:
     """One token per row, by the pages that it lists among those of the tokens before it."""
     scores = {} if score_B1K is None else dict(key_bias=score_B1K[:, 0])
     past = past.add(keys=k_B1KD[:, 0], values=v_B1KD[:, 0], **scores)
     q_BHD = q_B1HD[:, 0]
-    if stream == "full" or _lists_everything(self.options, past.room.length):
+    if stream == "full" or lists_everything(self.options, past.room.length):
       pages_BKM = past.all_pages()
     else:
       pages_BKM = self._with_dense_rows(self.list_of_token(q_BHD, past), past)
@@ -148,62 +170,73 @@ class BlockSparse(method.SparseMethod):
     return read(q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT, self.options, score_BTK)
 
   def _select(self, q_BTHD, k_BTKD, tokens, score_BTK):
-    options, length = self.options, q_BTHD.shape[1]
-    rules = self.selection(options, length)
-    if "num_by_query" not in rules:
-      score_BTK = None  # where everything is listed, keys have nothing to choose
-
-    def select(q_BTHD, k_BTKD, segments_BT, score_BTK):
-      return pallas_kernels.select_blocks(
-        q_BTHD,
-        k_BTKD,
-        block_size=options.block_size,
-        num_blocks=options.num_listed(length),
-        segments_BS=segments_BT,
-        key_score_BSK=score_BTK,
-        implementation=options.selection_backend,
-        **rules,
-      )
-
-    axes = HEADS, KV_HEADS, SEGMENTS, KEY_SCORES
-    q_BTHD, k_BTKD, score_BTK = jax.lax.stop_gradient((q_BTHD, k_BTKD, score_BTK))
-    blocks_BTKM = sharding.per_device(select, axes, KV_HEADS)(
-      q_BTHD, k_BTKD, options.sparse_segments(tokens), score_BTK
-    )
+    segments_BT, length = self.options.sparse_segments(tokens), q_BTHD.shape[1]
+    blocks_BTKM = self._list_chunk(q_BTHD, k_BTKD, segments_BT, score_BTK, length)
     # For whoever looks: apply(..., mutable=["intermediates"]).
     self.sow("intermediates", "blocks", blocks_BTKM)
     return blocks_BTKM
 
+  def _list_chunk(self, q_BTHD, k_BSKD, segments_BS, score_BSK, length: int, offset=None):
+    """Lists of queries from `offset` on, by the rules of rows of `length` tokens."""
+    options, rules = self.options, self.selection(self.options, length)
+    if "num_by_query" not in rules:
+      score_BSK = None  # where everything is listed, keys have nothing to choose
 
-def _lists_everything(options: method.Options, length: int) -> bool:
+    def select(q_BTHD, k_BSKD, segments_BS, score_BSK, offset):
+      return pallas_kernels.select_blocks(
+        q_BTHD,
+        k_BSKD,
+        block_size=options.block_size,
+        num_blocks=options.num_listed(length),
+        query_offset=0 if offset is None else offset,
+        segments_BS=segments_BS,
+        key_score_BSK=score_BSK,
+        implementation=options.selection_backend,
+        **rules,
+      )
+
+    axes = HEADS, KV_HEADS, SEGMENTS, KEY_SCORES, OFFSET
+    q_BTHD, k_BSKD, score_BSK = jax.lax.stop_gradient((q_BTHD, k_BSKD, score_BSK))
+    return sharding.per_device(select, axes, KV_HEADS)(
+      q_BTHD, k_BSKD, segments_BS, score_BSK, offset
+    )
+
+
+def lists_everything(options: method.Options, length: int) -> bool:
+  """Whether every query of a row of so many tokens reads every earlier key."""
   return options.num_listed(length) * options.block_size >= length
 
 
 def read(
   q_BTHD,
-  k_BTKD,
-  v_BTKD,
+  k_BSKD,
+  v_BSKD,
   blocks_BTKM,
-  segments_BT,
+  segments_BS,
   options: method.Options,
-  key_bias_BTK: jax.Array | None = None,
+  key_bias_BSK: jax.Array | None = None,
+  offset: jax.Array | None = None,
 ):
-  """Attention [B, T, H, D] to the listed blocks, with a bias of each key if there is one."""
+  """Attention [B, T, H, D] to the listed blocks, with a bias of each key if there is one.
 
-  def attend(q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT, bias_BTK):
+  The first query is at position `offset` of the keys; None is 0.
+  """
+
+  def attend(q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BS, bias_BSK, offset):
     out_BTHD, _ = pallas_kernels.block_sparse_attention(
       q_BTHD,
-      k_BTKD,
-      v_BTKD,
+      k_BSKD,
+      v_BSKD,
       blocks_BTKM,
       block_size=options.block_size,
-      segments_BS=segments_BT,
-      key_bias_BSK=bias_BTK,
+      query_offset=0 if offset is None else offset,
+      segments_BS=segments_BS,
+      key_bias_BSK=bias_BSK,
       implementation=options.sparse_backend,
     )
     return out_BTHD
 
-  axes = HEADS, KV_HEADS, KV_HEADS, KV_HEADS, SEGMENTS, KEY_SCORES
+  axes = HEADS, KV_HEADS, KV_HEADS, KV_HEADS, SEGMENTS, KEY_SCORES, OFFSET
   return sharding.per_device(attend, axes, HEADS)(
-    q_BTHD, k_BTKD, v_BTKD, blocks_BTKM, segments_BT, key_bias_BTK
+    q_BTHD, k_BSKD, v_BSKD, blocks_BTKM, segments_BS, key_bias_BSK, offset
   )

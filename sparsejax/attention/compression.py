@@ -9,6 +9,8 @@ D head size, F width within the MLP; of attention, C queries that see the same w
 heads of a key head, L = K C G heads of what is left.
 """
 
+from collections.abc import Callable
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -132,6 +134,53 @@ def attend(
   return jnp.pad(out_BTHD, [(0, 0), (first, 0), (0, 0), (0, 0)])
 
 
+def attend_of_chunk(
+  q_BTHD,
+  keys_BWKD,
+  values_BWKD,
+  offset,
+  *,
+  size: int,
+  stride: int,
+  implementation: str = "auto",
+) -> jax.Array:
+  """The same of a chunk of queries of a single document, [B, T, H, D].
+
+  Args:
+    q_BTHD: queries.
+    keys_BWKD, values_BWKD: of windows; those that end behind the chunk may be anything.
+    offset: position of the first query, a multiple of the stride.
+    size, stride: of windows.
+    implementation: see `pallas_kernels.chunk_attention`.
+  """
+  (b, t, h, d), (w, k) = q_BTHD.shape, keys_BWKD.shape[1:3]
+  g, most = h // k, size // stride
+  # The first query belongs to a window that is complete for one query before the chunk already,
+  # unless windows begin at every token.
+  early = (1 - size) % stride
+  n = -(-(early + t) // stride)
+  first = (offset + 1 - size - early) // stride
+  # Queries that see no window are left out, so that the first one left sees the first window.
+  num_blind = jnp.maximum(-first, 0)
+  behind = n * stride - early - t + most * stride
+  q_BXHD = jnp.pad(q_BTHD, [(0, 0), (early, behind), (0, 0), (0, 0)])
+  q_BXHD = jax.lax.dynamic_slice_in_dim(q_BXHD, num_blind * stride, n * stride, axis=1)
+  q_BNCKGD = q_BXHD.reshape(b, n, stride, k, g, d)
+  missing = [(0, 0), (0, max(0, n - w)), (0, 0), (0, 0)]
+  out_BNLD = pallas_kernels.chunk_attention(
+    q_BNCKGD.transpose(0, 1, 3, 2, 4, 5).reshape(b, n, k * stride * g, d),
+    jnp.pad(keys_BWKD, missing),
+    jnp.pad(values_BWKD, missing),
+    jnp.maximum(first, 0),
+    implementation=implementation,
+  )
+  out_BNCKGD = out_BNLD.reshape(b, n, k, stride, g, d).transpose(0, 1, 3, 2, 4, 5)
+  blind = [(0, 0), (most * stride, 0), (0, 0), (0, 0)]
+  out_BXHD = jnp.pad(out_BNCKGD.reshape(b, n * stride, h, d), blind)
+  begin = (most - num_blind) * stride + early
+  return jax.lax.dynamic_slice_in_dim(out_BXHD, begin, t, axis=1)
+
+
 def attend_of_token(
   q_BHD, keys_BWKD, values_BWKD, position_B, *, size: int, stride: int
 ) -> jax.Array:
@@ -159,17 +208,44 @@ def choose(
   Raises:
     CannotRunError: what was asked for cannot run.
   """
-  op, (b, t, h, d), k = "compressed_attention", q_BTHD.shape, k_BTKD.shape[2]
+  (b, t, h, d), k = q_BTHD.shape, k_BTKD.shape[2]
   w = max(0, (t - size) // stride + 1)
   segments_BW = jax.ShapeDtypeStruct((b, w), jnp.int32) if has_documents else None
+  return _choose(
+    pallas_kernels.choose_full_attention,
+    "compressed_attention",
+    jax.ShapeDtypeStruct((b, w, stride * h, d), q_BTHD.dtype),
+    *[jax.ShapeDtypeStruct((b, w, k, d), k_BTKD.dtype)] * 2,
+    segments_BT=segments_BW,
+    max_documents=max_documents,
+    implementation=implementation,
+  )
+
+
+def choose_chunk(
+  q_BTHD: jax.ShapeDtypeStruct,
+  k_BSKD: jax.ShapeDtypeStruct,
+  *,
+  size: int,
+  stride: int,
+  implementation: str,
+) -> pallas_kernels.Choice:
+  """The same of `attend_of_chunk`, for a chunk of queries and all keys."""
+  (b, t, h, d), (_, s, k, _) = q_BTHD.shape, k_BSKD.shape
+  n = -(-((1 - size) % stride + t) // stride)
+  w = max(n, (s - size) // stride + 1)
+  return _choose(
+    pallas_kernels.choose_chunk_attention,
+    "compressed_chunk_attention",
+    jax.ShapeDtypeStruct((b, n, stride * h, d), q_BTHD.dtype),
+    *[jax.ShapeDtypeStruct((b, w, k, d), k_BSKD.dtype)] * 2,
+    implementation=implementation,
+  )
+
+
+def _choose(choose: Callable[..., pallas_kernels.Choice], op: str, *arrays, **options):
+  """What another operation chooses, by the name of this one."""
   try:
-    choice = pallas_kernels.choose_full_attention(
-      jax.ShapeDtypeStruct((b, w, stride * h, d), q_BTHD.dtype),
-      *[jax.ShapeDtypeStruct((b, w, k, d), k_BTKD.dtype)] * 2,
-      segments_BT=segments_BW,
-      max_documents=max_documents,
-      implementation=implementation,
-    )
+    return choose(*arrays, **options)._replace(op=op)
   except pallas_kernels.CannotRunError as error:
     raise pallas_kernels.CannotRunError(op, error.asked, error.reasons, "xla") from None
-  return choice._replace(op=op)

@@ -16,13 +16,16 @@ class Full(nn.Module):
   sparse: nn.Module | None
 
   def __call__(
-    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Past | None = None
+    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Earlier = None
   ) -> method.Attended:
     if self.is_initializing() and self.sparse is not None:
       # What selects may have parameters; they are there whatever training runs.
       self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, "sparse")
     if stream == "sparse" and self.sparse is not None:
       return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream, past)
+    if isinstance(past, method.Chunk):
+      past = past.add(keys=k_BTKD, values=v_BTKD)
+      return method.Attended(full_of_chunk(q_BTHD, past, self.options), jnp.float32(0), past)
     if past is not None:
       past = past.add(keys=k_BTKD[:, 0], values=v_BTKD[:, 0])
       out_BHD, past = past.read(q_BTHD[:, 0], past.all_pages())
@@ -47,6 +50,17 @@ def full_stream(
   """
   segments_BT = options.full_segments(tokens)
   return attend(q_BTHD, k_BTKD, v_BTKD, segments_BT, options, key_bias_BTK=key_bias_BTK)
+
+
+def full_of_chunk(
+  q_BTHD, chunk: method.Chunk, options: method.Options, *, window: int | None = None
+):
+  """The same for a chunk of prompts that layers know; to the last keys if there is a window."""
+  keys, values = chunk.of_layer("keys"), chunk.of_layer("values")
+  bias = chunk.of_layer("key_bias") if "key_bias" in chunk.arrays else None
+  return attend_of_chunk(
+    q_BTHD, keys, values, chunk.offset, options, window=window, key_bias_BSK=bias
+  )
 
 
 def attend(
@@ -81,4 +95,37 @@ def attend(
   axes = *heads, method.SEGMENTS, method.KEY_SCORES
   return sharding.per_device(run, axes, method.HEADS)(
     q_BTHD, k_BTKD, v_BTKD, segments_BT, key_bias_BTK
+  )
+
+
+def attend_of_chunk(
+  q_BTHD,
+  k_BSKD,
+  v_BSKD,
+  offset,
+  options: method.Options,
+  *,
+  window: int | None = None,
+  key_bias_BSK: jax.Array | None = None,
+):
+  """The same of a chunk of single documents, [B, T, H, D], to keys of the chunk and before.
+
+  The first query is at position `offset` of the keys.
+  """
+
+  def run(q_BTHD, k_BSKD, v_BSKD, offset, key_bias_BSK):
+    return pallas_kernels.chunk_attention(
+      q_BTHD,
+      k_BSKD,
+      v_BSKD,
+      offset,
+      window=window,
+      key_bias_BSK=key_bias_BSK,
+      implementation=options.full_backend,
+    )
+
+  heads = method.HEADS, method.KV_HEADS, method.KV_HEADS
+  axes = *heads, method.OFFSET, method.KEY_SCORES
+  return sharding.per_device(run, axes, method.HEADS)(
+    q_BTHD, k_BSKD, v_BSKD, offset, key_bias_BSK
   )

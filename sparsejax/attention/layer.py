@@ -31,11 +31,12 @@ class Attention(nn.Module):
     segments_BT,
     use_full,
     stream: method.Stream,
-    past: method.Past | None = None,
-  ) -> tuple[jax.Array, jax.Array, method.Past | None]:
+    past: method.Earlier = None,
+  ) -> tuple[jax.Array, jax.Array, method.Earlier]:
     """Returns the layer's output [B, T, E], its method's disagreement, a scalar, and its past.
 
-    That is given while the model decodes, and comes back with the token at hand.
+    That is given while the model decodes or reads a prompt, and comes back with the tokens at
+    hand.
     """
     q_BTHD = self._project("q_proj", "heads", self.num_heads)(x_BTE)
     k_BTKD = self._project("k_proj", "kv_heads", self.num_kv_heads)(x_BTE)
@@ -49,9 +50,6 @@ class Attention(nn.Module):
     # For whoever looks: apply(..., mutable=["intermediates"]).
     self.sow("intermediates", "queries", q_BTHD)
     self.sow("intermediates", "keys", k_BTKD)
-    # For whoever decodes later: apply(..., mutable=["past"]).
-    self.sow("past", "keys", k_BTKD)
-    self.sow("past", "values", v_BTKD)
 
     gate_BTH = self._gate(x_BTE)
     tokens = method.Tokens(segments_BT, gate_BTH, use_full, x_BTE, angles_BTD)

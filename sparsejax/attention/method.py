@@ -5,8 +5,9 @@ A method is a linen module called as
   attended = method(q_BTHD, k_BTKD, v_BTKD, tokens, stream, past)
 
 that attends over what the layer has projected and rotated. While a model decodes, there is one
-token per row (T = 1), and `past` has the ones before it; otherwise it is None. Every method can
-run three streams, so that one set of weights can be trained one way and evaluated in others:
+token per row (T = 1), and `past` has the ones before it; while it reads prompts, there is a
+chunk of each, and `past` has what came before; otherwise it is None. Every method can run three
+streams, so that one set of weights can be trained one way and evaluated in others:
 
   train   what the method does in training
   full    every query reads every earlier key
@@ -26,16 +27,21 @@ import pallas_kernels
 from sparsejax import sharding
 from sparsejax.attention import past as pasts
 from sparsejax.attention.past import Past
+from sparsejax.attention.prompt import Chunk
 
 type Stream = Literal["train", "full", "sparse"]
 
 STREAMS = ("train", "full", "sparse")
+
+# What a layer knows of the tokens before those at hand: the ones of a cache, or of a prompt.
+type Earlier = Past | Chunk | None
 
 # Logical axes of what every operation of attention takes, for `sharding.per_device`.
 HEADS: sharding.Axes = ("batch", None, "heads", None)
 KV_HEADS: sharding.Axes = ("batch", None, "kv_heads", None)
 SEGMENTS: sharding.Axes = ("batch", None)
 KEY_SCORES: sharding.Axes = ("batch", None, "kv_heads")
+OFFSET: sharding.Axes = ()
 
 
 @flax.struct.dataclass
@@ -63,12 +69,12 @@ class Attended(NamedTuple):
   Attributes:
     out_BTHD: for the layer to gate and project.
     align: scalar float32, how far the two streams are apart; 0 where there is one stream.
-    past: with the token at hand, while a model decodes.
+    past: with the tokens at hand, where it was given.
   """
 
   out_BTHD: jax.Array
   align: jax.Array
-  past: Past | None = None
+  past: Earlier = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

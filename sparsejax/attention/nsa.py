@@ -14,7 +14,7 @@ import pallas_kernels
 from sparsejax import sharding
 from sparsejax.attention import block_sparse, compression, full, method, rotary
 from sparsejax.attention import past as pasts
-from sparsejax.attention.method import HEADS, KV_HEADS, SEGMENTS
+from sparsejax.attention.method import HEADS, KV_HEADS, OFFSET, SEGMENTS
 from sparsejax.attention.product import Product
 
 
@@ -27,14 +27,16 @@ class Nsa(method.SparseMethod):
 
   @nn.compact
   def __call__(
-    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Past | None = None
+    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Earlier = None
   ) -> method.Attended:
     keys_and_values = {
       "slc": (k_BTKD, v_BTKD),
       "cmp": self._project("cmp", k_BTKD, v_BTKD, tokens),
       "win": self._project("win", k_BTKD, v_BTKD, tokens),
     }
-    if past is None:
+    if isinstance(past, method.Chunk):
+      branches, past = self._branches_of_chunk(q_BTHD, keys_and_values, stream, past)
+    elif past is None:
       branches = self._branches(q_BTHD, keys_and_values, tokens, stream)
     else:
       branches, past = self._branches_of_token(q_BTHD, keys_and_values, stream, past)
@@ -53,10 +55,6 @@ class Nsa(method.SparseMethod):
       self._compress(name, x_BTKD, segments_BT)
       for name, x_BTKD in zip("kv", keys_and_values["cmp"], strict=True)
     ]
-    for branch, pair in (*keys_and_values.items(), ("windows", compressed)):
-      for name, x in zip(("keys", "values"), pair, strict=True):
-        self.sow("past", f"{name}_{branch}", x)
-
     k_BTKD, v_BTKD = keys_and_values["slc"]
     if is_full:
       if self.is_mutable_collection("intermediates"):
@@ -92,6 +90,48 @@ class Nsa(method.SparseMethod):
     if nsa.kv == "separate":
       return most
     return max(most, pasts.num_pages_of_window(nsa.window, options.block_size))
+
+  def _branches_of_chunk(self, q_BTHD, keys_and_values, stream, chunk: method.Chunk):
+    """The same for a chunk of prompts, and what is known of these with it."""
+    options, nsa = self.options, self.options.nsa
+    tokens = {"keys": keys_and_values["slc"][0], "values": keys_and_values["slc"][1]}
+    for branch in ("cmp", "win"):
+      for name, x in zip(("keys", "values"), keys_and_values[branch], strict=True):
+        tokens[f"{name}_{branch}"] = x
+    recent = {}
+    if nsa.kv == "separate":
+      recent = {
+        name: chunk.from_first(name, tokens[name]) for name in ("keys_win", "values_win")
+      }
+    for short, name in (("k", "keys"), ("v", "values")):
+      # A window that ends in the chunk begins less than its length before it.
+      since_BTKD = chunk.since_last(f"{name}_cmp", tokens[f"{name}_cmp"])[
+        :, nsa.compress_stride :
+      ]
+      windows_BWKD = self._compress(short, since_BTKD, None)
+      chunk = chunk.add_windows(f"{name}_windows", windows_BWKD, nsa.compress_stride)
+    chunk = chunk.add(**tokens)
+
+    compressed = chunk.windows("keys_windows"), chunk.windows("values_windows")
+    if stream == "full" or block_sparse.lists_everything(options, chunk.length):
+      selected_BTHD = full.full_of_chunk(q_BTHD, chunk, options)
+    else:
+      keys, values = chunk.of_layer("keys"), chunk.of_layer("values")
+      blocks_BTKM = self._list_chunk(
+        q_BTHD, compressed[0], keys, None, chunk.length, chunk.offset
+      )
+      selected_BTHD = block_sparse.read(
+        q_BTHD, keys, values, blocks_BTKM, None, options, None, chunk.offset
+      )
+    if nsa.kv == "shared":
+      window_BTHD = full.full_of_chunk(q_BTHD, chunk, options, window=nsa.window)
+    else:
+      (keys, begins), (values, _) = recent["keys_win"], recent["values_win"]
+      window_BTHD = full.attend_of_chunk(
+        q_BTHD, keys, values, begins, options, window=nsa.window
+      )
+    compressed_BTHD = self._attend_to_windows(q_BTHD, *compressed, None, chunk.offset)
+    return (compressed_BTHD, selected_BTHD, window_BTHD), chunk
 
   def _branches_of_token(self, q_B1HD, keys_and_values, stream, past: method.Past):
     """The same for one token per row, and its past with it."""
@@ -168,23 +208,29 @@ class Nsa(method.SparseMethod):
     mlp = compression.Mlp(**sizes, kernel_init=self.kernel_init, name=f"{name}_compress")
     return mlp(x_BTKD, segments_BT)
 
-  def _attend_to_windows(self, q_BTHD, keys_BWKD, values_BWKD, segments_BT):
-    options = self.options
+  def _attend_to_windows(self, q_BTHD, keys_BWKD, values_BWKD, segments_BT, offset=None):
+    options, nsa = self.options, self.options.nsa
+    sizes = dict(size=nsa.compress_length, stride=nsa.compress_stride)
 
-    def attend(q_BTHD, keys_BWKD, values_BWKD, segments_BT):
+    def attend(q_BTHD, keys_BWKD, values_BWKD, segments_BT, offset):
+      windows, backend = (keys_BWKD, values_BWKD), options.full_backend
+      if offset is not None:
+        return compression.attend_of_chunk(
+          q_BTHD, *windows, offset, **sizes, implementation=backend
+        )
       return compression.attend(
         q_BTHD,
-        keys_BWKD,
-        values_BWKD,
+        *windows,
         segments_BT,
-        size=options.nsa.compress_length,
-        stride=options.nsa.compress_stride,
+        **sizes,
         max_documents=options.max_documents,
-        implementation=options.full_backend,
+        implementation=backend,
       )
 
-    axes = HEADS, KV_HEADS, KV_HEADS, SEGMENTS
-    return sharding.per_device(attend, axes, HEADS)(q_BTHD, keys_BWKD, values_BWKD, segments_BT)
+    axes = HEADS, KV_HEADS, KV_HEADS, SEGMENTS, OFFSET
+    return sharding.per_device(attend, axes, HEADS)(
+      q_BTHD, keys_BWKD, values_BWKD, segments_BT, offset
+    )
 
   @classmethod
   def selection(cls, options: method.Options, length: int) -> dict[str, Any]:
@@ -199,25 +245,32 @@ class Nsa(method.SparseMethod):
     )
 
   def _select(self, q_BTHD, keys_BWKD, k_BTKD, segments_BT):
-    """Equations 8 to 12: blocks by the probabilities of the windows that overlap them."""
-    options, length = self.options, q_BTHD.shape[1]
+    blocks_BTKM = self._list_chunk(q_BTHD, keys_BWKD, k_BTKD, segments_BT, q_BTHD.shape[1])
+    # For whoever looks: apply(..., mutable=["intermediates"]).
+    self.sow("intermediates", "blocks", blocks_BTKM)
+    return blocks_BTKM
 
-    def select(q_BTHD, keys_BWKD, k_BTKD, segments_BT):
+  def _list_chunk(self, q_BTHD, keys_BWKD, k_BSKD, segments_BS, length: int, offset=None):
+    """Equations 8 to 12: blocks by the probabilities of the windows that overlap them.
+
+    Of queries from `offset` on, by the rules of rows of `length` tokens.
+    """
+    options = self.options
+
+    def select(q_BTHD, keys_BWKD, k_BSKD, segments_BS, offset):
       return pallas_kernels.select_blocks(
         q_BTHD,
-        k_BTKD,
+        k_BSKD,
         block_size=options.block_size,
         num_blocks=options.num_listed(length),
-        segments_BS=segments_BT,
+        query_offset=0 if offset is None else offset,
+        segments_BS=segments_BS,
         window_keys_BWKD=keys_BWKD,
         implementation=options.selection_backend,
         **self.selection(options, length),
       )
 
-    axes = HEADS, KV_HEADS, KV_HEADS, SEGMENTS
-    blocks_BTKM = sharding.per_device(select, axes, KV_HEADS)(
-      *jax.lax.stop_gradient((q_BTHD, keys_BWKD, k_BTKD)), segments_BT
+    axes = HEADS, KV_HEADS, KV_HEADS, SEGMENTS, OFFSET
+    return sharding.per_device(select, axes, KV_HEADS)(
+      *jax.lax.stop_gradient((q_BTHD, keys_BWKD, k_BSKD)), segments_BS, offset
     )
-    # For whoever looks: apply(..., mutable=["intermediates"]).
-    self.sow("intermediates", "blocks", blocks_BTKM)
-    return blocks_BTKM

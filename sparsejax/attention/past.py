@@ -1,14 +1,13 @@
 """What layers remember of earlier tokens while a model decodes, and how it grows by a token.
 
 A method says what it needs by name (`SparseMethod.remembers`): pages of what its tokens have,
-the last few of them, means over windows of them. Each kind knows its shape, how the training
-path's forward pass fills it (`sparsejax.decoding.cache.prefill`), and what a token adds.
+the last few of them, means over windows of them. Each kind knows its shape, how it is made of a
+prompt that has been read (`prompt.Prompt`), and what a token adds.
 
 Letters: L layers, B rows, T tokens, K key/value heads, D head size, N pages of a row, X tokens
 of a page, W windows.
 """
 
-from collections.abc import Mapping
 import dataclasses
 
 import flax.struct
@@ -28,8 +27,7 @@ class Kind:
   """Something to remember.
 
   Attributes:
-    source: what tokens have that it is made of: `keys`, `values`, or what else a method sows
-      in the collection `past`.
+    source: what tokens have that it is made of: `keys`, `values`, or what else a method adds.
     is_scalar: whether that is a float32 number per key head in place of a vector.
   """
 
@@ -281,15 +279,3 @@ class Cache:
       arrays.append(placed)
     lengths_B = jax.lax.dynamic_update_slice(self.lengths_B, other.lengths_B[:1], (row,))
     return self.replace(lengths_B=lengths_B, arrays=tuple(arrays))
-
-
-def find(shown: Mapping, name: str) -> jax.Array | None:
-  """What was sown under a name, anywhere in a tree of modules; None if nothing was."""
-  for key, value in shown.items():
-    if key == name:
-      return value[0]
-    if isinstance(value, Mapping):
-      found = find(value, name)
-      if found is not None:
-        return found
-  return None

@@ -21,9 +21,14 @@ class SlidingWindow(method.SparseMethod):
 
   @nn.compact
   def __call__(
-    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Past | None = None
+    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Earlier = None
   ) -> method.Attended:
     options = self.options
+    if isinstance(past, method.Chunk):
+      past = past.add(keys=k_BTKD, values=v_BTKD)
+      window = None if stream == "full" else options.window
+      out_BTHD = full.full_of_chunk(q_BTHD, past, options, window=window)
+      return method.Attended(out_BTHD, jnp.float32(0), past)
     if past is not None:
       past = past.add(keys=k_BTKD[:, 0], values=v_BTKD[:, 0])
       if stream == "full":

@@ -19,7 +19,7 @@ class Ssa(nn.Module):
   sparse: method.SparseMethod
 
   def __call__(
-    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Past | None = None
+    self, q_BTHD, k_BTKD, v_BTKD, tokens, stream, past: method.Earlier = None
   ) -> method.Attended:
     if stream != "train":
       return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream, past)

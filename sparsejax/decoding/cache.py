@@ -1,9 +1,8 @@
-"""The cache of a model that decodes: how large it is, how a prompt fills it.
+"""The cache of a model that decodes: how large it is, and a step with it.
 
-Letters: B rows, T tokens, E width, V vocabulary, L layers of a stack.
+Letters: B rows, V vocabulary.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import functools
 import math
@@ -250,59 +249,6 @@ def host_limit() -> int | None:
   return int(os.environ.get(HOST_LIMIT, _USUAL_HOST_LIMIT)) * 2**30
 
 
-def prefill(
-  transformer: model.Transformer,
-  params: dict,
-  ids_BT: jax.Array,
-  lengths_B: jax.Array,
-  *,
-  stream: method.Stream,
-  room: pages.Room,
-) -> tuple[jax.Array, Cache]:
-  """Runs prompts through the model as training does, and remembers them.
-
-  Rows of fewer than `InfllmV2Options.dense_length` tokens are read whole where T is less.
-
-  Args:
-    transformer: as `for_decoding` returns it.
-    params: its parameters.
-    ids_BT: prompts from the left; behind a row's length, anything.
-    lengths_B: tokens of each, at least 1 and at most T.
-    stream: `full` or `sparse`.
-    room: for at least T tokens a row.
-
-  Returns:
-    Logits of the next token of each row [B, V], float32, and the cache, all of it on the
-    device.
-  """
-  positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
-  output, shown = transformer.apply(
-    {"params": params},
-    ids_BT,
-    positions_BT,
-    jnp.ones_like(ids_BT),
-    stream=stream,
-    mutable=["past"],
-  )
-  room = dataclasses.replace(room, num_slots=None)
-  kinds = spec(transformer, stream, room).kinds
-  layers = shown["past"]["layers"]
-  arrays = tuple(
-    _filled(own, layers if len(kinds) == 1 else layers[str(place)], lengths_B, room)
-    for place, own in enumerate(kinds)
-  )
-  last_B1E = jnp.take_along_axis(output.hidden_BTE, (lengths_B - 1)[:, None, None], axis=1)
-  cache = Cache(lengths_B, jnp.int32(0), arrays, kinds, room)
-  return model.logits(params, last_B1E)[:, 0], cache
-
-
-def _filled(kinds: dict[str, past.Kind], shown: Mapping, lengths_B, room: pages.Room):
-  return {
-    name: kind.fill(past.find(shown, kind.source), lengths_B, room)
-    for name, kind in kinds.items()
-  }
-
-
 def step(
   transformer: model.Transformer,
   params: dict,
@@ -316,7 +262,7 @@ def step(
   A row that is full stays as it is, and its logits mean nothing.
 
   Args:
-    transformer, params: see `prefill`.
+    transformer, params: see `prefill.prefill`.
     cache: of the tokens before; give it up to the step (`jax.jit(..., donate_argnums=)`).
     ids_B: the tokens.
     stream: the cache's.

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from sparsejax import attention, errors, model, sharding
-from sparsejax.attention import backends, method, past
+from sparsejax import errors, model, sharding
+from sparsejax.attention import backends, method, past, prompt_backends
 from sparsejax.decoding import cache as caches
+from sparsejax.decoding import prefill
 from sparsejax.decoding import sampling as samplings
 
 
@@ -34,6 +35,7 @@ def generate(
   length: int | None = None,
   offload: str = "auto",
   num_slots: int | None = None,
+  prefill_chunk: int | None = None,
   on_token: Callable[[int, int], None] | None = None,
   on_choice: Callable[[pallas_kernels.Choice], None] | None = None,
 ) -> list[list[int]]:
@@ -57,8 +59,11 @@ def generate(
       do not fit on the device (see `cache.place`).
     num_slots: pages per row and key head that are kept on the device then; giving it asks for
       pages in the host's memory.
+    prefill_chunk: tokens of a prompt that are read at a time, whole blocks; None is about
+      4096 (see `prefill.chunk_size`).
     on_token: called with the number of a prompt and an id, as each is drawn.
-    on_choice: called before that with where pages are, and what reads and moves them.
+    on_choice: called before that with where pages are, what reads and moves them, and what
+      reads prompts.
 
   Raises:
     ConfigError: a number that makes no sense, a prompt that does not fit in `length`, or
@@ -82,6 +87,7 @@ def generate(
     length=length or longest + max_new_tokens,
     offload=offload,
     num_slots=num_slots,
+    prefill_chunk=prefill_chunk,
   )
   for choice in decoder.backends if on_choice is not None else ():
     on_choice(choice)
@@ -118,10 +124,11 @@ def generate(
 class Decoder:
   """A model, its cache, and the programs that fill and read it.
 
-  Prompts are padded to powers of two, so that few programs are compiled.
+  Prompts are read in chunks, by one program. Those that are shorter than a chunk are padded to
+  powers of two, so that few programs are compiled.
 
   Attributes:
-    backends: where pages are, and what reads and moves them.
+    backends: where pages are, what reads and moves them, and what reads prompts.
   """
 
   def __init__(
@@ -138,6 +145,7 @@ class Decoder:
     length: int,
     offload: str = "auto",
     num_slots: int | None = None,
+    prefill_chunk: int | None = None,
   ):
     """Makes an empty cache; see `generate` for arguments and errors."""
     self._transformer = caches.for_decoding(transformer)
@@ -147,15 +155,21 @@ class Decoder:
     batch = -(-rows // self._devices) * self._devices
     self._rows = rows
     shape, options = self._transformer.shape, self._transformer.options
+    self._chunk = prefill.chunk_size(options.block_size, prefill_chunk)
     with sharding.use(mesh):
       self._params = jax.block_until_ready(caches.cast(shape.dtype, params))
+    room = caches.room(self._transformer, batch=batch, length=length)
+    free = caches.free_bytes()
+    if free is not None:
+      # Beside the cache there is a prompt that is being read.
+      free = max(0, free - prefill.num_bytes(self._transformer, stream, room, self._chunk))
     self._room, choice = caches.place(
       self._transformer,
       stream,
-      caches.room(self._transformer, batch=batch, length=length),
+      room,
       offload=offload,
       num_slots=num_slots,
-      limit=caches.free_bytes(),
+      limit=free,
       num_devices=mesh.size,
     )
     self.backends = [
@@ -163,12 +177,19 @@ class Decoder:
       *backends.choose_decoding(
         options, stream, self._room, num_heads=shape.num_attention_heads
       ),
+      *prompt_backends.choose(
+        options,
+        stream,
+        self._room,
+        num_heads=shape.num_attention_heads,
+        chunk=self._chunk,
+      ),
     ]
     self._key = jax.random.key(seed)
     self._draw_with = functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids)
     spec = caches.spec(self._transformer, stream, self._room)
     caches.check_slots(self._transformer, stream, self._room, mesh)
-    caches.check_size(spec, caches.free_bytes(), caches.host_limit())
+    caches.check_size(spec, free, caches.host_limit())
     with sharding.use(mesh):
       self._cache = caches.make(spec)
     self._begin = jax.jit(self._begin_row, donate_argnums=1)
@@ -207,20 +228,21 @@ class Decoder:
       return jax.device_get(tokens_B)[: self._rows]
 
   def _padded(self, length: int) -> int:
-    """How long a prompt is made: a power of two, unless it would count as long by that."""
-    padded = min(self._room.length, 1 << (length - 1).bit_length())
-    dense = attention.dense_length(self._transformer.options)
-    return dense - 1 if length < dense <= padded else padded
+    """How long a prompt is made: a power of two up to a chunk, else as long as a row."""
+    if length > self._chunk:
+      return self._room.length
+    return min(self._room.length, self._chunk, 1 << (length - 1).bit_length())
 
   def _begin_row(self, params, cache: past.Cache, row, ids_1T, length, number):
     ids_BT = jnp.repeat(ids_1T, self._devices, axis=0)
-    logits_BV, filled = caches.prefill(
+    logits_BV, filled = prefill.prefill(
       self._transformer,
       params,
       ids_BT,
       jnp.full(len(ids_BT), length),
       stream=self._stream,
       room=dataclasses.replace(self._room, batch=len(ids_BT)),
+      chunk=self._chunk,
     )
     (token,) = self._draw(logits_BV[:1], number[None], jnp.zeros(1, jnp.int32))
     return token, cache.with_row(row, filled)

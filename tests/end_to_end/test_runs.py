@@ -184,7 +184,8 @@ def test_text_from_a_checkpoint(environment, uninterrupted, tmp_path):
   assert one.stdout.startswith("abc")
   assert re.search(r"^backend of decode_attention: xla \(", one.stderr, re.MULTILINE)
   assert re.search(r"^\d tokens in [\d.]+ s, .*; step 16 of ", one.stderr, re.MULTILINE)
-  two = programs.call([*command, "--num_texts=2"], environment)
+  assert "backend of chunk_attention: xla (" in one.stderr
+  two = programs.call([*command, "--num_texts=2", "--prefill_chunk=8"], environment)
   # Greedy texts are all the same.
   assert two.stdout == f"--- text 0\n{one.stdout}--- text 1\n{one.stdout}"
   refused = programs.call([*command, "--budget=4"], environment)

@@ -31,13 +31,26 @@ class Problem:
 
 
 def make(
-  b, t, h, k, d, block_size, m, *, seed=0, offset=0, documents=False, bias=False, scale=1.0
+  b,
+  t,
+  h,
+  k,
+  d,
+  block_size,
+  m,
+  *,
+  seed=0,
+  offset=0,
+  ahead=0,
+  documents=False,
+  bias=False,
+  scale=1.0,
 ) -> Problem:
-  """Random queries `[offset, offset + t)` over as many keys, with lists of every kind.
+  """Random queries `[offset, offset + t)` over keys that end `ahead` behind the last one.
 
   Lists hold empty slots, repeats, blocks of the future and blocks that are not there.
   """
-  s = offset + t
+  s = offset + t + ahead
   shapes = dict(q=(b, t, h, d), k=(b, s, k, d), v=(b, s, k, d), key_bias=(b, s, k))
   shapes |= dict(blocks=(b, t, k, m), dout=(b, t, h, d), dlse=(b, t, h))
   if not bias:

@@ -104,12 +104,13 @@ def test_every_option_matches_the_definition(case, implementation, with_document
   assert all(len(x) == (y >= 0).sum() for x, y in zip(as_sets(lists), flat(lists), strict=True))
 
 
+@pytest.mark.parametrize("with_documents", [False, True], ids=["one_document", "documents"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["forced", "nosa"])
-def test_queries_in_chunks_choose_as_at_once(name, implementation):
+@pytest.mark.parametrize("name", ["forced", "nosa", "nothing_by_query"])
+def test_queries_in_chunks_choose_as_at_once(name, implementation, with_documents):
   block_size, options = OPTIONS[name]
   q, keys = make_problem(2, 60, 4, 2, 8)
-  segments = jnp.asarray(documents(2, 60) // 3)
+  segments = jnp.asarray(documents(2, 60) // 3) if with_documents else None
   if "num_by_query" in options:
     options = options | dict(key_score_BSK=jax.random.normal(jax.random.key(9), (2, 60, 2)))
   run = functools.partial(

@@ -74,6 +74,7 @@ INTERPRETED = {  # B, T, H, K, D, block_size, M, and extras
   "a_token_has_two_units": ((1, 9, 32, 1, 64, 32, 2), dict(offset=60)),
   "warps_as_one": ((1, 34, 16, 1, 64, 64, 2), dict(offset=150, bias=True)),
   "scores_grow": ((1, 7, 16, 1, 64, 16, 7), dict(offset=120)),
+  "keys_behind_a_chunk": ((1, 16, 4, 1, 64, 16, 4), dict(offset=32, ahead=48)),
 }
 
 

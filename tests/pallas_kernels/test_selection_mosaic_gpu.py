@@ -22,14 +22,28 @@ from pallas_kernels.block_selection.problem import Problem, Rules
 
 
 def make(
-  b, t, h, k, d, block_size, m, *, offset=0, segments=None, given=False, seed=0, **rules
+  b,
+  t,
+  h,
+  k,
+  d,
+  block_size,
+  m,
+  *,
+  offset=0,
+  ahead=0,
+  segments=None,
+  given=False,
+  seed=0,
+  **rules,
 ):
+  s = offset + t + ahead
   keys = jax.random.split(jax.random.key(seed), 2)
   q = jax.random.normal(keys[0], (b, t, h, d)).astype(jnp.bfloat16)
-  k = jax.random.normal(keys[1], (b, t + offset, k, d)).astype(jnp.bfloat16)
+  k = jax.random.normal(keys[1], (b, s, k, d)).astype(jnp.bfloat16)
   if segments is not None:
     rng = np.random.default_rng(seed)
-    segments = jnp.asarray(np.cumsum(rng.random((b, t + offset)) < segments, axis=1))
+    segments = jnp.asarray(np.cumsum(rng.random((b, s)) < segments, axis=1))
   options = dict(
     block_size=block_size,
     num_blocks=m,
@@ -43,7 +57,7 @@ def make(
   rules = Rules(**options | rules)
   window_keys = None
   if given:
-    shape = b, rules.pooling.num_windows(t + offset), *k.shape[2:]
+    shape = b, rules.pooling.num_windows(s), *k.shape[2:]
     window_keys = jax.random.normal(jax.random.key(seed + 1), shape)
   return Problem(q, k, jnp.int32(offset), segments, None, window_keys), rules
 
@@ -75,6 +89,7 @@ INTERPRETED = {  # the problem, and how the kernel is laid out
     dict(segment=128, stages=2, pairs=1),
   ),
   "half_local": (later(1, 40, 2, 1, 128, 8, 4, rule="half_local", offset=30), {}),
+  "keys_behind_a_chunk": (later(1, 32, 2, 1, 64, 8, 4, offset=40, ahead=200), {}),
   "keys_of_windows": (later(1, 40, 2, 1, 64, 8, 4, num_initial=1, given=True), {}),
   "weighted_windows": (
     later(1, 40, 2, 1, 64, 8, 3, pooling=poolings.nsa_windows(8, 6, 2), offset=300),

@@ -11,6 +11,7 @@ import pytest
 from sparsejax import errors, model, sharding
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import generate as generation
+from sparsejax.decoding import prefill
 from sparsejax.decoding import sampling as samplings
 from tests import small
 
@@ -57,38 +58,37 @@ def test_greedy_texts_are_those_of_the_whole_row():
       assert text[n] == following(ids, len(prompt) + n)
 
 
-def test_a_prompt_is_as_long_as_it_is():
-  """A row of 5 is read whole though one of 8, which it is padded to, would not be."""
-  transformer = small.make_model(attention__method="infllmv2", infllmv2__dense_length=7)
-  _, params, mesh = make()
-  read = []
-
-  def watch(decoder):
-    begin = decoder._begin
-
-    def remember(params, cache, row, padded, *rest):
-      read.append(padded.shape[1])
-      return begin(params, cache, row, padded, *rest)
-
-    decoder._begin = remember
-    return decoder
-
-  decoder = watch(
-    generation.Decoder(
-      transformer,
-      params,
-      stream="sparse",
-      mesh=mesh,
-      sampling=GREEDY,
-      seed=0,
-      num_ids=None,
-      rows=1,
-      length=30,
-    )
+def test_prompts_are_padded_to_few_lengths():
+  """Powers of two up to a chunk; longer ones are as long as a row, by one program for all."""
+  transformer, params, mesh = make()
+  decoder = generation.Decoder(
+    transformer,
+    params,
+    stream="sparse",
+    mesh=mesh,
+    sampling=GREEDY,
+    seed=0,
+    num_ids=None,
+    rows=1,
+    length=38,
+    prefill_chunk=16,
   )
-  for length in (3, 5, 6, 7, 9, 17):
+  read, begin = [], decoder._begin
+
+  def remember(params, cache, row, padded, *rest):
+    read.append(padded.shape[1])
+    return begin(params, cache, row, padded, *rest)
+
+  decoder._begin = remember
+  for length in (3, 5, 16, 9, 17, 33):
     decoder.begin(0, [1] * length, 0)
-  assert read == [4, 6, 6, 8, 16, 32]
+  assert read == [4, 8, 16, 16, 40, 40]
+  assert begin._cache_size() == 4
+
+
+def test_chunks_change_no_text():
+  prompts = [*PROMPTS, [3, 1, 4] * 9]
+  assert generate(prompts, prefill_chunk=8) == generate(prompts)
 
 
 def test_a_draw_depends_on_the_seed_and_the_prompt_alone():
@@ -142,6 +142,9 @@ def test_no_prompt_no_text():
     ([[1] * 40], dict(num_slots=2), "num_slots=2 is less than the 3 pages of 8 tokens that a"),
     ([[1]], dict(num_slots=9), "num_slots=9 puts pages in the host's memory, which takes one"),
     ([[1] * 40], dict(num_slots=5, stream="full"), "num_slots=5 is less than the 6 pages"),
+    ([[1]], dict(prefill_chunk=0), "prefill_chunk=0 is not a multiple of the 8 tokens of a"),
+    ([[1]], dict(prefill_chunk=-8), "prefill_chunk=-8 is not a .*; take 8, or leave it out"),
+    ([[1]], dict(prefill_chunk=13), "prefill_chunk=13 is not a .*; take 16, or leave it out"),
   ],
 )
 def test_what_cannot_be_continued_is_refused(prompts, options, message):
@@ -155,6 +158,19 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_runs(monkeypatch):
     errors.UserError, match=r"a cache of 8 rows takes 0\.\d\d GiB and the device has 0\.00 GiB"
   ):
     generate(length=512)
+
+
+def test_a_prompt_that_is_read_has_room_beside_the_cache(monkeypatch):
+  transformer, *_ = make()
+  room = caches.room(transformer, batch=8, length=64)
+  needed = caches.num_bytes(caches.spec(transformer, "sparse", room))
+  needed += prefill.num_bytes(transformer, "sparse", room, 16)
+  options = dict(length=64, prefill_chunk=16, offload="never")
+  monkeypatch.setattr("sparsejax.decoding.cache.free_bytes", lambda: needed - 1)
+  with pytest.raises(errors.UserError, match="a cache of 8 rows takes"):
+    generate(**options)
+  monkeypatch.setattr("sparsejax.decoding.cache.free_bytes", lambda: needed)
+  assert generate(**options) == generate()
 
 
 @pytest.mark.parametrize("setting", [None, "1"])

@@ -1,0 +1,1 @@
+"""Causal attention of a chunk of a row's queries to all of its keys so far."""
