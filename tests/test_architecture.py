@@ -29,6 +29,7 @@ SHARED = (
   "sparsejax.parameters",
   "sparsejax.scoring",
 )
+PROGRAM = *SHARED, "sparsejax.command_line", "sparsejax.evaluation", "configs"
 MAY_IMPORT = {
   "configs": (),
   "pallas_kernels": (),
@@ -54,13 +55,9 @@ MAY_IMPORT = {
   "sparsejax.command_line": ("sparsejax.errors", "sparsejax.configuration"),
   "sparsejax.training": SHARED,
   "sparsejax.evaluation": SHARED,
-  # A program, as train.py and eval.py are.
-  "sparsejax.generate": (
-    *SHARED,
-    "sparsejax.command_line",
-    "sparsejax.evaluation",
-    "configs",
-  ),
+  # Programs, as train.py and eval.py are.
+  "sparsejax.decode_shapes": PROGRAM,
+  "sparsejax.generate": PROGRAM,
 }
 
 # Outside libraries that only some files may know.

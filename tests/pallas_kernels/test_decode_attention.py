@@ -270,7 +270,7 @@ def test_the_choice_says_what_runs_and_why(monkeypatch):
     with pytest.raises(ValueError, match="'strict' cannot run: mosaic_gpu needs a Hopper GPU"):
       choose(implementation="strict")
   monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
-  assert choose()[1:] == ("xla", "mosaic_gpu runs by name or with strict")
+  assert choose()[1:] == ("mosaic_gpu", "the first choice")
   assert choose(implementation="strict").backend == "mosaic_gpu"
   assert choose(implementation="mosaic_gpu").backend == "mosaic_gpu"
 

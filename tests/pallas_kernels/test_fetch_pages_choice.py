@@ -28,17 +28,13 @@ class FakeDevice:
   ("kind", "implementation", "said"),
   [
     ("device", None, "resident (the first choice)"),
-    (
-      "pinned_host",
-      None,
-      "dma (resident needs stores in device memory; mosaic_gpu runs by name or with strict)",
-    ),
+    ("pinned_host", None, "mosaic_gpu (resident needs stores in device memory)"),
     ("device", "strict", "mosaic_gpu (strict)"),
     ("pinned_host", "strict", "mosaic_gpu (strict)"),
     ("pinned_host", "mosaic_gpu", "mosaic_gpu (asked for)"),
   ],
 )
-def test_on_hopper_the_kernel_runs_where_it_is_asked_for(
+def test_on_hopper_the_kernel_moves_what_is_on_the_host(
   kind, implementation, said, monkeypatch
 ):
   arrays = jax.tree.map(

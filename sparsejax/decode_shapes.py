@@ -1,6 +1,6 @@
 """How fast models of a shape decode, without a checkpoint: weights and caches are random.
 
-  python -m sparsejax.evaluation.decode_shapes --config=configs/nosa_8b.py \
+  python -m sparsejax.decode_shapes --config=configs/nosa_8b.py \
     --methods=full,infllmv2,nosa --contexts=16384,65536 --kv_gib=4 --spare=16 \
     --lists=nosa=runs/a/eval/200/lists.npy --out=results/decoding
 
@@ -186,7 +186,7 @@ def _recording(path: pathlib.Path, context: int) -> jax.Array:
 def main(arguments: list[str] | None = None) -> int:
   """The command line; returns the exit status."""
   parser = argparse.ArgumentParser(
-    prog="python -m sparsejax.evaluation.decode_shapes",
+    prog="python -m sparsejax.decode_shapes",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
