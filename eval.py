@@ -6,6 +6,7 @@
 Prints a table and saves it, with everything it depends on, in WORKDIR/eval/STEP.
 """
 
+import math
 import sys
 
 from absl import app, flags
@@ -20,7 +21,7 @@ TASKS = flags.DEFINE_list(
   "tasks",
   ["perplexity"],
   "What to ask: perplexity; block_lists, which the model chooses; diagnostics; locality, what "
-  "of its lists stays from one token to the next.",
+  "of its lists stays from one token to the next; throughput of decoding.",
 )
 MODES = flags.DEFINE_list("modes", ["full", "sparse"], "Modes of inference.")
 BUDGETS = flags.DEFINE_list(
@@ -34,10 +35,20 @@ KERNELS = flags.DEFINE_string(
   "kernels", None, "auto: what this machine has; strict: GPU kernels alone; else as trained."
 )
 LENGTHS = flags.DEFINE_list(
-  "lengths", [], "Contexts after which locality looks; half of a row if none."
+  "lengths", [], "Contexts of locality and throughput, in tokens; half of a row if none."
 )
 STEPS = flags.DEFINE_integer("num_steps", 128, "Tokens after a context.")
-SPARE = flags.DEFINE_list("spare", ["0", "16", "32", "64"], "Slots beyond those of a list.")
+SPARE = flags.DEFINE_list(
+  "spare",
+  [],
+  "Slots beyond those of a list: of locality, 0, 16, 32 and 64 if none; of throughput with "
+  "pages in the host's memory, after the device alone.",
+)
+KV_GIB = flags.DEFINE_list(
+  "kv_gib",
+  [],
+  "Caches on the device: throughput decodes as many rows as fit, not --batch_size.",
+)
 OUT = flags.DEFINE_string("out", None, "Where results go; WORKDIR/eval/STEP if not given.")
 
 
@@ -62,6 +73,7 @@ def main(arguments: list[str]) -> int:
     lengths=_numbers(LENGTHS),
     num_steps=STEPS.value,
     spare=_numbers(SPARE),
+    kv_gib=_sizes(KV_GIB),
     out=OUT.value,
   )
   text, out = table.run(request, base.get_config())
@@ -74,6 +86,16 @@ def _numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
   if wrong:
     raise errors.ConfigError(f"--{flag.name} takes whole numbers; {wrong[0]!r} is none.")
   return tuple(map(int, flag.value))
+
+
+def _sizes(flag: flags.FlagHolder) -> tuple[float, ...]:
+  try:
+    sizes = tuple(map(float, flag.value))
+  except ValueError:
+    sizes = (-1.0,)
+  if not all(0 < size < math.inf for size in sizes):
+    raise errors.ConfigError(f"--{flag.name}={','.join(flag.value)} takes sizes above 0.")
+  return sizes
 
 
 if __name__ == "__main__":

@@ -26,9 +26,7 @@ from sparsejax import command_line, errors, model, parameters, sharding
 from sparsejax.attention import backends, past
 from sparsejax.configuration import build, checks, overrides, record
 from sparsejax.decoding import cache as caches
-from sparsejax.evaluation import table, throughput
-
-_WARM_STEPS = 32
+from sparsejax.evaluation import decode_timing, table, throughput
 
 
 def random_params(transformer: model.Transformer, mesh: jax.sharding.Mesh, seed: int) -> dict:
@@ -95,12 +93,12 @@ def run(asked: argparse.Namespace, changes: list[str]) -> int:
         if str(choice) not in seen:
           seen[str(choice)] = choice
           _say(f"backend of {choice}")
-      _say(table.align(throughput.rows([cell])).splitlines()[-1])
+      _say(table.align(decode_timing.rows([cell])).splitlines()[-1])
       for kernel in cell.kernels[:30]:
         _say(f"  {kernel.microseconds:9.1f} us {kernel.calls:6.1f} x {kernel.name[:90]}")
     del params
     gc.collect()
-  text = table.align(throughput.rows(cells))
+  text = table.align(decode_timing.rows(cells))
   _say(f"\n{text}")
   if asked.out:
     out = pathlib.Path(asked.out)
@@ -126,11 +124,11 @@ def _say(text: str) -> None:
 def _measure(asked, transformer, params, mesh, context: int, recording):
   """One cell, and what it ran on."""
   stream, options = transformer.options.home_stream, transformer.options
-  length = context + _WARM_STEPS + asked.steps + asked.trace
+  length = context + throughput.WARM_STEPS + asked.steps + asked.trace
   slots = None
   if stream == "sparse" and not asked.resident:
-    slots = throughput.num_slots(transformer, length, asked.spare)
-  rows = asked.rows or throughput.rows_within(
+    slots = decode_timing.num_slots(transformer, length, asked.spare)
+  rows = asked.rows or decode_timing.rows_within(
     transformer, stream, length, slots, int(asked.kv_gib * 2**30)
   )
   room = caches.room(transformer, batch=rows, length=length, num_slots=slots)
@@ -143,7 +141,7 @@ def _measure(asked, transformer, params, mesh, context: int, recording):
   with sharding.use(mesh):
     cache = random_cache(spec, context, seed=1)
     ids_B = jax.random.randint(jax.random.key(2), (rows,), 0, transformer.shape.vocab_size)
-  cell, _ = throughput.measure(
+  cell, _ = decode_timing.measure(
     transformer,
     params,
     cache,
@@ -151,11 +149,11 @@ def _measure(asked, transformer, params, mesh, context: int, recording):
     stream=stream,
     mesh=mesh,
     num_steps=asked.steps,
-    num_warm=_WARM_STEPS,
+    num_warm=throughput.WARM_STEPS,
     num_traced=asked.trace,
     lists_SLBKM=None if recording is None else recording(context),
   )
-  return cell, choices
+  return dataclasses.replace(cell, backends=tuple(map(str, choices))), choices
 
 
 def _numbers(name: str, text: str) -> list[int]:

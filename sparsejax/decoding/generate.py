@@ -129,6 +129,8 @@ class Decoder:
 
   Attributes:
     backends: where pages are, what reads and moves them, and what reads prompts.
+    params: of the model, as steps take them.
+    cache: of the rows; every call gives up the one before.
   """
 
   def __init__(
@@ -157,7 +159,7 @@ class Decoder:
     shape, options = self._transformer.shape, self._transformer.options
     self._chunk = prefill.chunk_size(options.block_size, prefill_chunk)
     with sharding.use(mesh):
-      self._params = jax.block_until_ready(caches.cast(shape.dtype, params))
+      self.params = jax.block_until_ready(caches.cast(shape.dtype, params))
     room = caches.room(self._transformer, batch=batch, length=length)
     free = caches.free_bytes()
     if free is not None:
@@ -191,7 +193,7 @@ class Decoder:
     caches.check_slots(self._transformer, stream, self._room, mesh)
     caches.check_size(spec, free, caches.host_limit())
     with sharding.use(mesh):
-      self._cache = caches.make(spec)
+      self.cache = caches.make(spec)
     self._begin = jax.jit(self._begin_row, donate_argnums=1)
     self._step = jax.jit(
       self._step_rows, donate_argnums=1, compiler_options=caches.COMPILER_OPTIONS
@@ -208,8 +210,8 @@ class Decoder:
     padded = np.zeros((1, self._padded(len(prompt))), np.int32)
     padded[0, : len(prompt)] = prompt
     with sharding.use(self._mesh):
-      token, self._cache = self._begin(
-        self._params, self._cache, row, padded, np.int32(len(prompt)), np.int32(number)
+      token, self.cache = self._begin(
+        self.params, self.cache, row, padded, np.int32(len(prompt)), np.int32(number)
       )
       return int(token)
 
@@ -224,7 +226,7 @@ class Decoder:
     missing = self._room.batch - self._rows
     given = [np.pad(x_B, (0, missing)) for x_B in (ids_B, numbers_B, places_B)]
     with sharding.use(self._mesh):
-      tokens_B, self._cache = self._step(self._params, self._cache, *given)
+      tokens_B, self.cache = self._step(self.params, self.cache, *given)
       return jax.device_get(tokens_B)[: self._rows]
 
   def _padded(self, length: int) -> int:

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from sparsejax import errors
-from sparsejax.evaluation import diagnostics, perplexity
+from sparsejax.evaluation import decode_timing, diagnostics, perplexity
 
 
 class Run(Protocol):
@@ -68,6 +68,28 @@ def draw_budgets(runs: Sequence[Run], path: pathlib.Path) -> None:
   axis.set_xlabel("budget (keys a query reads)")
   axis.set_ylabel("validation perplexity")
   _finish(figure, path, shown, {"sparse inference": "-", "full inference": ":"})
+
+
+def draw_throughput(cells: Sequence[decode_timing.Cell], path: pathlib.Path) -> None:
+  """Tokens per second and per step against the context, a line for each way to decode."""
+  plt = _pyplot()
+  figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+  ways: dict[tuple, list[decode_timing.Cell]] = {}
+  for cell in cells:
+    ways.setdefault((cell.method, cell.mode, cell.budget, cell.num_slots), []).append(cell)
+  for (name, mode, budget, slots), own in ways.items():
+    label = f"{name}, {mode}" + (f" {budget}" if budget else "")
+    label += "" if slots is None else f", {slots} slots"
+    for axis, what in zip(axes, ("tokens_per_second", "milliseconds"), strict=True):
+      axis.plot([c.context for c in own], [getattr(c, what) for c in own], ".-", label=label)
+  for axis, text in zip(axes, ("tokens/s, all rows", "ms per step"), strict=True):
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("context (tokens)")
+    axis.set_ylabel(text)
+    axis.set_ylim(bottom=0)
+  axes[1].legend(fontsize="small")
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
 
 
 def draw_diagnostics(runs: Sequence[Run], names: Sequence[str], path: pathlib.Path) -> None:

@@ -11,8 +11,19 @@ import numpy as np
 
 from sparsejax import errors
 from sparsejax.configuration import checks, record
-from sparsejax.evaluation import block_lists, diagnostics, locality, perplexity
+from sparsejax.evaluation import (
+  block_lists,
+  decode_timing,
+  diagnostics,
+  locality,
+  perplexity,
+  pictures,
+  throughput,
+)
 from sparsejax.evaluation import subject as subjects
+
+# That throughput decodes together, if nobody says how many.
+_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +43,9 @@ class Request:
     kernels: `auto` or `strict`; None is as trained.
     lengths: contexts, in tokens, after which is decoded; () is half of `sequence_length`.
     num_steps: that are decoded after a context.
-    spare: slots for blocks beyond those of a list.
+    spare: slots for blocks beyond those of a list; () is 0, 16, 32 and 64 for locality, and
+      all pages on the device for throughput.
+    kv_gib: sizes of caches on the device, of which throughput takes its rows.
     out: directory for the results; None is `eval/STEP` in the workdir.
   """
 
@@ -48,7 +61,8 @@ class Request:
   kernels: str | None = None
   lengths: tuple[int, ...] = ()
   num_steps: int = 128
-  spare: tuple[int, ...] = (0, 16, 32, 64)
+  spare: tuple[int, ...] = ()
+  kv_gib: tuple[float, ...] = ()
   out: str | pathlib.Path | None = None
 
 
@@ -59,7 +73,7 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
   for it, and the tables as markdown.
   Each task leaves `TASK.json` (with config, commit, versions and device) and `TASK.md`;
   block_lists also `block_lists.npy`, int32 [layers, T, K, M], and locality for every context
-  `lists/CONTEXT.npy`, int16 [steps, layers, rows, K, M].
+  `lists/CONTEXT.npy`, int16 [steps, layers, rows, K, M]; throughput also a picture.
 
   Args:
     request: what to do.
@@ -77,6 +91,8 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
   kernels = checks.CHOICES["attention.kernels"]
   if request.kernels not in (None, *kernels):
     raise errors.ConfigError(errors.one_of("--kernels", request.kernels, kernels))
+  if request.num_steps < 2:
+    raise errors.ConfigError(f"--num_steps={request.num_steps} must be at least 2.")
   subject = subjects.load(
     request.path,
     template,
@@ -129,8 +145,24 @@ def _locality(subject, request: Request, out):
     )
     (out / "lists").mkdir(parents=True, exist_ok=True)
     np.save(out / "lists" / f"{context}.npy", lists_SLBKM.astype(np.int16))
-    cells += locality.run(subject, lists_SLBKM, context, request.spare)
+    cells += locality.run(subject, lists_SLBKM, context, request.spare or (0, 16, 32, 64))
   return cells, align(locality.rows(cells))
+
+
+def _throughput(subject, request: Request, out):
+  cells = throughput.run(
+    subject,
+    modes=request.modes,
+    budgets=request.budgets,
+    lengths=request.lengths or (subject.config.data.sequence_length // 2,),
+    num_rows=request.batch_size or _ROWS,
+    kv_gib=request.kv_gib,
+    spare=request.spare,
+    num_steps=request.num_steps,
+  )
+  out.mkdir(parents=True, exist_ok=True)
+  pictures.draw_throughput(cells, out / "throughput.png")
+  return cells, align(decode_timing.rows(cells))
 
 
 # Each gives cells, and a table of them as markdown.
@@ -139,6 +171,7 @@ TASKS = {
   "block_lists": _block_lists,
   "diagnostics": _diagnostics,
   "locality": _locality,
+  "throughput": _throughput,
 }
 
 

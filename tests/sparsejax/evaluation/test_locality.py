@@ -1,0 +1,109 @@
+"""What a cache of blocks has to load, counted by hand, and lists recorded from a model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from sparsejax import errors, sharding
+from sparsejax.decoding import cache as caches
+from sparsejax.decoding import prefill
+from sparsejax.diagnostics import seen
+from sparsejax.evaluation import contexts, locality
+from sparsejax.evaluation import subject as subjects
+from tests import small
+
+CONTEXT, STEPS = 45, 6
+
+
+@pytest.fixture(scope="module")
+def nosa(tmp_path_factory):
+  """A checkpoint whose data are the built-in corpus, in rows of 64 tokens, on one device."""
+  workdir = tmp_path_factory.mktemp("runs") / "nosa"
+  config = small.make_config(
+    attention__method="nosa",
+    attention__num_blocks=4,
+    nosa__num_query_aware=1,
+    data__sources=("recall",),
+    data__recall_pairs=2,
+    data__recall_queries=2,
+  )
+  small.save_checkpoints(workdir, config, steps=(1,))
+  subject = subjects.load(workdir, base.get_config())
+  first = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+  mesh = jax.sharding.Mesh(first, sharding.AXES)
+  return dataclasses.replace(
+    subject, mesh=mesh, params=jax.device_put(subject.params, sharding.replicated(mesh))
+  )
+
+
+def test_recorded_lists_are_those_of_decoding(nosa):
+  lists_SLBKM = locality.record(nosa, CONTEXT, num_rows=2, num_steps=STEPS)
+  assert lists_SLBKM.shape == (STEPS, 2, 2, 2, 4)
+  ids_BT = jnp.asarray(contexts.rows(nosa, 2, CONTEXT + STEPS))
+  transformer = caches.for_decoding(nosa.transformer)
+  room = caches.room(transformer, batch=2, length=CONTEXT + STEPS)
+  lengths = jnp.full(2, CONTEXT)
+  _, cache = prefill.prefill(
+    transformer, nosa.params, ids_BT[:, :CONTEXT], lengths, stream="sparse", room=room
+  )
+
+  @jax.jit
+  def step(cache, ids_B):
+    output, shown = transformer.apply(
+      {"params": nosa.params},
+      ids_B[:, None],
+      cache.lengths_B[:, None],
+      jnp.ones_like(ids_B)[:, None],
+      stream="sparse",
+      cache=cache,
+      mutable=["intermediates"],
+    )
+    return seen.by_place(shown, "pages")[0], output.cache
+
+  for number in range(STEPS):
+    lists_LBKM, cache = step(cache, ids_BT[:, CONTEXT + number])
+    expected = np.sort(lists_SLBKM[number], -1)
+    np.testing.assert_array_equal(np.sort(lists_LBKM, -1), expected)
+
+
+def test_hits_and_misses_are_counted_once_slots_are_full(nosa):
+  """One layer, row and head; lists of two."""
+  steps = [[0, 1], [1, 2], [0, 1], [2, 1], [3, 0], [1, 3]]
+  lists = np.array(steps, np.int32).reshape(6, 1, 1, 1, 2)
+  exact, spare = locality.run(nosa, lists, 100, [0, 1])
+  # With two slots: 2 in for 0 (kept 1), then 3 and 0, then 1 for 0.
+  assert (exact.misses, exact.most_misses) == ((1 + 2 + 1) / 3, 2)
+  assert exact.hit_rate == pytest.approx(2 / 6)
+  # With three, 0, 1 and 2 are there at the fourth; 3 drives out 1, which then comes back.
+  assert (spare.misses, spare.most_misses) == ((0 + 1 + 1) / 3, 1)
+  assert exact.gamma == pytest.approx(np.mean([0.5, 0.5, 0.5, 0.0, 0.5]))
+  assert (exact.least_gamma, exact.bound) == (0.0, 2)
+  assert exact.misses_by_layer == ((exact.misses,),)
+
+
+def test_the_bound_of_nosa_holds(nosa):
+  lists = locality.record(nosa, CONTEXT, num_rows=2, num_steps=16)
+  (cell,) = locality.run(nosa, lists, CONTEXT, [0])
+  assert 0 < cell.most_misses <= cell.bound == 2
+
+
+def test_what_chooses_no_blocks_is_refused(nosa):
+  options = dataclasses.replace(nosa.transformer.options, method="sliding_window")
+  windowed = dataclasses.replace(nosa, transformer=nosa.transformer.clone(options=options))
+  with pytest.raises(errors.ConfigError, match="does not choose blocks in every layer of rows"):
+    locality.record(windowed, CONTEXT, num_rows=1, num_steps=2)
+
+
+def test_more_rows_than_there_is_text_are_refused(nosa):
+  with pytest.raises(errors.DataError, match=r"rows of 51 tokens are more than the \d+ tokens"):
+    locality.record(nosa, CONTEXT, num_rows=10**6, num_steps=STEPS)
+
+
+def test_rows_of_text_go_on_where_the_one_before_ended(nosa):
+  (whole,) = contexts.rows(nosa, 1, 150)
+  parts = contexts.rows(nosa, 3, 50)
+  np.testing.assert_array_equal(parts.reshape(-1), whole)

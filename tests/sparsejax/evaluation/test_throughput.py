@@ -1,0 +1,245 @@
+"""What is decoded, counted and written where decoding is timed; no test looks at times."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from sparsejax import decode_shapes, errors, sharding
+from sparsejax.decoding import cache as caches
+from sparsejax.decoding import generate, sampling
+from sparsejax.evaluation import contexts, decode_timing, kernel_times, table, throughput
+from sparsejax.evaluation import subject as subjects
+from tests import small
+
+CONTEXT, STEPS, WARM = 20, 8, 3
+
+
+def one_device():
+  types = (jax.sharding.AxisType.Auto,) * 3
+  return jax.make_mesh((1, 1, 1), sharding.AXES, types, devices=jax.devices()[:1])
+
+
+def on_one_device(workdir, *arguments, **options):
+  subject = subjects.load(workdir, base.get_config(), **options)
+  mesh = one_device()
+  params = jax.device_put(subject.params, sharding.replicated(mesh))
+  return dataclasses.replace(subject, mesh=mesh, params=params)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  found = tmp_path_factory.mktemp("runs") / "nosa"
+  config = small.make_config(
+    attention__method="nosa",
+    attention__num_blocks=4,
+    nosa__num_query_aware=1,
+    data__sources=("recall",),
+    data__recall_pairs=2,
+    data__recall_queries=2,
+  )
+  small.save_checkpoints(found, config, steps=(1,))
+  return found
+
+
+@pytest.fixture(autouse=True)
+def few_warm_steps(monkeypatch):
+  monkeypatch.setattr(throughput, "WARM_STEPS", WARM)
+
+
+def test_every_mode_budget_length_and_place_of_pages_has_a_cell(workdir):
+  cells = throughput.run(
+    on_one_device(workdir),
+    modes=("full", "sparse"),
+    budgets=(32, 40),
+    lengths=(CONTEXT,),
+    num_rows=2,
+    spare=(1,),
+    num_steps=STEPS,
+  )
+  asked = [(c.mode, c.budget, c.context, c.num_slots) for c in cells]
+  assert asked == [
+    *[("full", None, length, None) for length in (CONTEXT,)],
+    *[
+      ("sparse", budget, length, slots)
+      for budget in (32, 40)
+      for length in (CONTEXT,)
+      # Blocks of 8: no more slots than there are pages.
+      for slots in (None, min(budget // 8 + 1, -(-(length + WARM + STEPS) // 8)))
+    ],
+  ]
+  for cell in cells:
+    assert (cell.method, cell.batch, cell.num_steps) == ("nosa", 2, STEPS)
+    assert cell.tokens_per_second > 0
+    assert "pages: " in cell.backends[0]
+    assert (cell.host_bytes > 0) == (cell.misses is not None) == (cell.num_slots is not None)
+
+
+def test_steps_continue_the_text(workdir):
+  """What is timed is decoding: the cache afterwards is that of greedy text."""
+  subject = on_one_device(workdir)
+  decoder = generate.Decoder(
+    subject.transformer,
+    subject.params,
+    stream="sparse",
+    mesh=subject.mesh,
+    sampling=sampling.Sampling(temperature=0),
+    seed=0,
+    num_ids=None,
+    rows=2,
+    length=CONTEXT + WARM + STEPS,
+  )
+  prompts = contexts.rows(subject, 2, CONTEXT)
+  first = [decoder.begin(row, prompt.tolist(), row) for row, prompt in enumerate(prompts)]
+  _, cache = decode_timing.measure(
+    subject.transformer,
+    decoder.params,
+    decoder.cache,
+    jnp.asarray(first, jnp.int32),
+    stream="sparse",
+    mesh=subject.mesh,
+    num_steps=STEPS,
+    num_warm=WARM,
+  )
+  np.testing.assert_array_equal(cache.lengths_B, CONTEXT + WARM + STEPS)
+  texts = generate.generate(
+    subject.transformer,
+    subject.params,
+    prompts.tolist(),
+    max_new_tokens=WARM + STEPS,
+    stream="sparse",
+    mesh=subject.mesh,
+    sampling=sampling.Sampling(temperature=0),
+  )
+  whole = np.concatenate([prompts, texts], axis=1)
+  for row, ids in enumerate(whole):
+    again = generate.Decoder(
+      subject.transformer,
+      subject.params,
+      stream="sparse",
+      mesh=subject.mesh,
+      sampling=sampling.Sampling(temperature=0),
+      seed=0,
+      num_ids=None,
+      rows=1,
+      length=CONTEXT + WARM + STEPS,
+    )
+    again.begin(0, ids.tolist(), 0)
+    # By layer, row, key head and token, of which the last page has room for more.
+    k = np.asarray(cache.arrays[0]["k"]).reshape(2, 2, 2, -1, 8)[:, row]
+    expected = np.asarray(again.cache.arrays[0]["k"]).reshape(k.shape)
+    np.testing.assert_allclose(k[:, :, : len(ids)], expected[:, :, : len(ids)], atol=2e-4)
+
+
+def recorded_cell(lists, num_steps):
+  """Of a cache with four slots for pages of 8, whose tokens read what `lists` says."""
+  transformer = small.make_model(
+    attention__method="nosa", attention__num_blocks=4, nosa__num_query_aware=1
+  )
+  mesh = one_device()
+  length = 64
+  room = caches.room(transformer, batch=2, length=length, num_slots=4)
+  spec = caches.spec(transformer, "sparse", room)
+  cache = decode_shapes.random_cache(spec, 40, seed=0)
+  cell, _ = decode_timing.measure(
+    transformer,
+    jax.device_put(small.make_params(transformer), sharding.replicated(mesh)),
+    cache,
+    jnp.zeros(2, jnp.int32),
+    stream="sparse",
+    mesh=mesh,
+    num_steps=num_steps,
+    num_warm=4,
+    lists_SLBKM=jnp.asarray(lists, jnp.int32),
+  )
+  return cell
+
+
+def test_recorded_lists_are_read_in_place_of_those_that_are_chosen():
+  """Two lists in turn, which share two pages; the token's own, 5, among them."""
+  lists = [[0, 1, 2, 5], [3, 4, 2, 5]]
+  cell = recorded_cell(np.reshape(lists, (2, 1, 1, 1, 4)), num_steps=4)
+  assert cell.misses == 2.0
+  assert cell.hit_rate == 0.5
+  page = 2 * 8 * 8 * 4 + 8 * 4  # keys and values of 8 numbers, and biases, of 8 tokens
+  assert cell.fetched_bytes == 2 * 2 * 2 * page  # misses, layers, heads
+  # From 44 tokens to 48: one page is full for each layer and head.
+  assert cell.written_bytes == 2 * 2 * page / 4
+
+
+def test_rows_are_as_many_as_fit():
+  transformer = small.make_model()
+  room = caches.room(transformer, batch=1, length=64)
+  size = 3 * caches.num_bytes(caches.spec(transformer, "full", room))
+  rows = [
+    decode_timing.rows_within(transformer, "full", 64, None, size - less) for less in (1, 0)
+  ]
+  assert rows == [2, 3]
+  with pytest.raises(errors.ConfigError, match=r"a row of 64 tokens takes 0\.00 GiB on"):
+    decode_timing.rows_within(transformer, "full", 64, None, 10)
+
+
+def test_a_request_leaves_a_table_json_and_a_picture(workdir, tmp_path):
+  request = table.Request(
+    path=workdir,
+    tasks=("throughput",),
+    modes=("sparse",),
+    lengths=(CONTEXT,),
+    batch_size=8,  # one on each device
+    num_steps=2,
+    out=tmp_path,
+  )
+  text, _ = table.run(request, base.get_config())
+  assert "| nosa   | sparse    | 32     |" in text
+  (cell,) = json.loads((tmp_path / "throughput.json").read_text())["cells"]
+  assert (cell["batch"], cell["num_steps"]) == (8, 2)
+  assert (tmp_path / "throughput.png").stat().st_size > 1000
+
+
+def test_pages_of_the_host_are_refused_over_several_devices(workdir):
+  subject = subjects.load(workdir, base.get_config())
+  with pytest.raises(errors.ConfigError, match="puts pages in the host's memory, which takes"):
+    throughput.run(subject, modes=("sparse",), lengths=(CONTEXT,), spare=(0,), num_steps=2)
+
+
+def test_shapes_are_decoded_without_a_checkpoint(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(sharding, "make_mesh", lambda **_: one_device())
+  lists = tmp_path / "lists"
+  lists.mkdir()
+  np.save(lists / "100.npy", np.tile(np.arange(4, dtype=np.int16), (1, 1, 1, 1, 1)) + 3)
+  given = ["--config=configs/smoke.py", "--contexts=100", "--rows=2", "--steps=2", "--spare=1"]
+  more = ["--config.model.num_hidden_layers=2", f"--out={tmp_path}", "--trace=2"]
+  status = decode_shapes.main([*given, "--methods=full,nosa", f"--lists=nosa={lists}", *more])
+  assert status == 0
+  out = capsys.readouterr().out
+  assert "| nosa   | sparse    | 64     | 100     | 2    | 5     |" in out
+  found = json.loads((tmp_path / "decode_shapes.json").read_text())
+  assert found["lists"] == dict(full="chosen", nosa="recorded")
+  assert [cell["method"] for cell in found["cells"]] == ["full", "nosa"]
+  assert found["cells"][1]["hit_rate"] == 1.0
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--contexts=0", "--rows=1"], "--contexts takes whole numbers from 1 up; '0' is none"),
+    ([], "give either --kv_gib or --rows"),
+    (["--rows=1", "--kv_gib=1"], "give either --kv_gib or --rows"),
+    (["--rows=1", "--lists=nosa=/nowhere"], "--lists=nosa=/nowhere names no directory"),
+    (["--rows=1", "--methods=nose"], "nose"),
+  ],
+)
+def test_shapes_that_make_no_sense_are_refused(arguments, message, capsys):
+  assert decode_shapes.main(["--config=configs/smoke.py", *arguments]) == 2
+  assert message in capsys.readouterr().err
+
+
+def test_kernels_are_added_up_by_name(tmp_path):
+  """Without a GPU there are none."""
+  if jax.devices()[0].platform == "gpu":
+    pytest.skip("this machine has a GPU")
+  assert kernel_times.of_steps(lambda: jax.block_until_ready(jnp.ones(8) + 1), 1) == []
