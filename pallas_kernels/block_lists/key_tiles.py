@@ -133,13 +133,14 @@ def deal(lists: units.UnitLists, tiling: Tiling, has_tokens: bool) -> Dealt:
   r, u, _ = lists.blocks_RUE.shape
   per_row = tiling.tiles_per_row
   num_tiles = r * per_row
-  if num_tiles * u >= 2**31:
+  if max(num_tiles * u, lists.blocks_RUE.size) >= 2**31:
     raise ValueError(
-      f"{num_tiles} tiles of {tiling.keys_per_tile} keys times {u} units are too many to "
-      "number with 32 bits; use a smaller batch or larger blocks"
+      f"{num_tiles} tiles of {tiling.keys_per_tile} keys times {u} units, or the "
+      f"{lists.blocks_RUE.size} entries of lists, are too many to number with 32 bits; use a "
+      "smaller batch or larger blocks"
     )
   # Every tile that a unit reads, as `tile * U + unit`, in order; then numbers beyond all.
-  number_P = jnp.sort(_pairs(lists.blocks_RUE, tiling.blocks_per_tile, per_row))
+  number_P, entry_P = jax.lax.sort_key_val(*_pairs(lists.blocks_RUE, tiling))
   edges_X = jnp.searchsorted(
     number_P, jnp.arange(num_tiles + 1, dtype=jnp.uint32) * u, method="scan_unrolled"
   ).astype(jnp.int32)
@@ -153,10 +154,10 @@ def deal(lists: units.UnitLists, tiling: Tiling, has_tokens: bool) -> Dealt:
   pair_WI = edges_X[tile_W, None] + step_W * (window_W - first_window_X[tile_W])[:, None]
   pair_WI += step_I * jnp.arange(WINDOW, dtype=jnp.int32)[None]
   is_pair_WI = (window_W < first_window_X[-1])[:, None] & (pair_WI < edges_X[tile_W + 1, None])
-  number_WI = number_P.at[pair_WI].get(mode="clip")
-  unit_WI = jnp.where(is_pair_WI, (number_WI % u).astype(jnp.int32), 0)
+  entry_WI = jnp.where(is_pair_WI, entry_P.at[pair_WI].get(mode="clip"), 0)
+  unit_WI = jnp.where(is_pair_WI, entry_WI // lists.blocks_RUE.shape[2] % u, 0)
 
-  pieces_WI, tokens_WIP = _read_by(lists, tile_W, unit_WI, tiling, has_tokens)
+  pieces_WI, tokens_WIP = _read_by(lists, tile_W, unit_WI, entry_WI, tiling, has_tokens)
   pieces_WI = jnp.where(is_pair_WI, pieces_WI, 0)
   tokens_WP = tokens_WIP.reshape(most * WINDOW, -1) if has_tokens else None
   units_W, pieces_W = (jnp.pad(x.reshape(-1), (0, WINDOW)) for x in (unit_WI, pieces_WI))
@@ -190,22 +191,30 @@ def share(dealt: Dealt, lists: units.UnitLists, tiling: Tiling, num_parts: int) 
   )
 
 
-def _pairs(blocks_RUE, blocks_per_tile: int, per_row: int) -> jax.Array:
-  """The number of every tile that a unit reads, once; the largest number in other places."""
+def _pairs(blocks_RUE, tiling: Tiling) -> tuple[jax.Array, jax.Array]:
+  """The number of every tile that a unit reads, once, and the entry of its first block there.
+
+  Entries are places in `blocks_RUE`, flat; other places have the largest number.
+  """
   r, u, _ = blocks_RUE.shape
+  per_row = tiling.tiles_per_row
   is_block_RUE = blocks_RUE < units.NONE
-  tile_RUE = jnp.where(is_block_RUE, blocks_RUE // blocks_per_tile, per_row)
+  tile_RUE = jnp.where(is_block_RUE, blocks_RUE // tiling.blocks_per_tile, per_row)
   # Lists ascend, so the blocks of one tile follow each other; the first speaks for all.
   is_first_RUE = jnp.diff(tile_RUE, axis=-1, prepend=-1) != 0
   row_R = jnp.arange(r, dtype=jnp.int32)[:, None, None]
   unit_U = jnp.arange(u, dtype=jnp.int32)[None, :, None]
   number_RUE = ((row_R * per_row + tile_RUE) * u + unit_U).astype(jnp.uint32)
   no_pair = jnp.uint32(2**32 - 1)
-  return jnp.where(is_first_RUE & is_block_RUE, number_RUE, no_pair).reshape(-1)
+  number_P = jnp.where(is_first_RUE & is_block_RUE, number_RUE, no_pair).reshape(-1)
+  return number_P, jnp.arange(number_P.size, dtype=jnp.int32)
 
 
-def _read_by(lists, tile_W, unit_WI, tiling: Tiling, has_tokens):
-  """Pieces of its tile that each unit reads, and which of its tokens do (or None)."""
+def _read_by(lists, tile_W, unit_WI, entry_WI, tiling: Tiling, has_tokens):
+  """Pieces of its tile that each unit reads, and which of its tokens do (or None).
+
+  `entry_WI` is the first of the unit's blocks in the tile; the others follow it.
+  """
   blocks_RUE, tokens_RUE, first_BU, last_BU = lists
   per_row, keys_per_tile = tiling.tiles_per_row, tiling.keys_per_tile
   row_W, x_W = tile_W // per_row, tile_W % per_row
@@ -214,20 +223,23 @@ def _read_by(lists, tile_W, unit_WI, tiling: Tiling, has_tokens):
   is_edge_WI = first_BU[b_W1, unit_WI] > begin_W1
   is_edge_WI |= last_BU[b_W1, unit_WI] < begin_W1 + keys_per_tile - 1
 
-  per_tile = tiling.blocks_per_tile
-  block_WIE = blocks_RUE[row_W[:, None], unit_WI] - (x_W * per_tile)[:, None, None]
-  is_here_WIE = (block_WIE >= 0) & (block_WIE < per_tile)
-  per_block = tiling.pieces_per_block
-  piece_WIE = jnp.where(is_here_WIE, block_WIE * per_block, 0)
-  bits_WIE = jnp.where(is_here_WIE, jnp.left_shift((1 << per_block) - 1, piece_WIE), 0)
-  # Blocks of a unit are all different, so that adding bits joins them.
-  pieces_WI = bits_WIE.sum(-1) | jnp.where(is_edge_WI, EDGE, 0)
-  if not has_tokens:
-    return pieces_WI, None
-  tokens_WIE = tokens_RUE[row_W[:, None], unit_WI]
-  piece_P = jnp.arange(keys_per_tile // PIECE)
-  has_piece_WIEP = jnp.right_shift(bits_WIE[..., None], piece_P[None, None, None]) & 1
-  return pieces_WI, (has_piece_WIEP * tokens_WIE[..., None]).sum(-2)
+  per_tile, per_block = tiling.blocks_per_tile, tiling.pieces_per_block
+  e, first_block_W1 = blocks_RUE.shape[2], (x_W * per_tile)[:, None]
+  pieces_WI, tokens_WIP = jnp.where(is_edge_WI, EDGE, 0), 0
+  for i in range(min(per_tile, e)):
+    # At the end of a list there is another's.
+    is_there_WI = entry_WI % e + i < e
+    block_WI = blocks_RUE.reshape(-1).at[entry_WI + i].get(mode="clip") - first_block_W1
+    is_there_WI &= (block_WI >= 0) & (block_WI < per_tile)
+    piece_WI = jnp.where(is_there_WI, block_WI * per_block, 0)
+    bits_WI = jnp.where(is_there_WI, jnp.left_shift((1 << per_block) - 1, piece_WI), 0)
+    pieces_WI |= bits_WI
+    if has_tokens:
+      own_WI = tokens_RUE.reshape(-1).at[entry_WI + i].get(mode="clip")
+      piece_P = jnp.arange(keys_per_tile // PIECE)
+      has_piece_WIP = jnp.right_shift(bits_WI[..., None], piece_P[None, None]) & 1
+      tokens_WIP += has_piece_WIP * own_WI[..., None]
+  return pieces_WI, tokens_WIP if has_tokens else None
 
 
 def _cost(lists, windows_X, tiling: Tiling):
