@@ -74,12 +74,10 @@ def query_tiles(lists: units.UnitLists, *, units_per_tile: int, num_blocks: int)
 
   listed_RXL = blocks_RUE.reshape(r, num_tiles, units_per_tile * e)
   size = length(num_blocks, units_per_tile * e)
-  union_RXC = units.sorted_without_repeats(listed_RXL)[..., :size]
-  missing = [(0, 0), (0, 0), (0, size - union_RXC.shape[-1])]
-  union_RXC = jnp.pad(union_RXC, missing, constant_values=units.NONE)
+  # Marks of all blocks are less to write than lists that long are to sort.
+  join = _by_marks if num_blocks <= 2 * listed_RXL.shape[2] else _by_sorting
+  union_RXC, place_RXL = join(listed_RXL, size, num_blocks)
   count_RX = (union_RXC < units.NONE).sum(-1).astype(jnp.int32)
-
-  place_RXL = (union_RXC[:, :, None] < listed_RXL[..., None]).sum(-1).astype(jnp.int32)
   place_RUE = place_RXL.reshape(blocks_RUE.shape)
   entries_RUE = jnp.left_shift(blocks_RUE, PLACE_BITS) | place_RUE
   entries_RUE = jnp.where(blocks_RUE < units.NONE, entries_RUE, END)
@@ -94,3 +92,29 @@ def query_tiles(lists: units.UnitLists, *, units_per_tile: int, num_blocks: int)
     entries_RUE=jnp.pad(entries_RUE, slots, constant_values=END),
     tokens_RUE=jnp.pad(tokens_RUE, slots),
   )
+
+
+def _by_sorting(listed_RXL, size: int, num_blocks: int) -> tuple[jax.Array, jax.Array]:
+  """Blocks of every tile, ascending, then `NONE`; and where among them each entry is."""
+  del num_blocks
+  union_RXC = units.sorted_without_repeats(listed_RXL)[..., :size]
+  missing = [(0, 0), (0, 0), (0, size - union_RXC.shape[-1])]
+  union_RXC = jnp.pad(union_RXC, missing, constant_values=units.NONE)
+  place_RXL = (union_RXC[:, :, None] < listed_RXL[..., None]).sum(-1).astype(jnp.int32)
+  return union_RXC, place_RXL
+
+
+def _by_marks(listed_RXL, size: int, num_blocks: int) -> tuple[jax.Array, jax.Array]:
+  """The same, by a mark for every block that a tile lists; `NONE` has any place."""
+  r, x, _ = listed_RXL.shape
+  listed_YL = listed_RXL.reshape(r * x, -1)
+  row_Y1 = jnp.arange(r * x)[:, None]
+  marks_YN = jnp.zeros((r * x, num_blocks), jnp.int32)
+  marks_YN = marks_YN.at[row_Y1, listed_YL].set(1, mode="drop")
+  place_YN = jnp.cumsum(marks_YN, axis=-1) - 1
+  number_1N = jnp.arange(num_blocks, dtype=jnp.int32)[None]
+  union_YC = jnp.full((r * x, size), units.NONE, jnp.int32)
+  to_YN = jnp.where(marks_YN > 0, place_YN, size)
+  union_YC = union_YC.at[row_Y1, to_YN].set(number_1N, mode="drop")
+  place_YL = jnp.take_along_axis(place_YN, jnp.minimum(listed_YL, num_blocks - 1), axis=-1)
+  return union_YC.reshape(r, x, size), place_YL.reshape(listed_RXL.shape)

@@ -120,8 +120,9 @@ def seen_by_all(first_BT, position_T, grouping: Grouping) -> tuple[jax.Array, ja
 
 def sorted_without_repeats(x):
   """The last axis in ascending order, each number once, then `NONE`."""
-  x = jnp.sort(x, axis=-1)
+  # Equal numbers have no order; to keep one, XLA would sort places along with them.
+  x = jax.lax.sort(x, is_stable=False)
   is_repeat = jnp.concatenate(
     [jnp.zeros_like(x[..., :1], bool), x[..., 1:] == x[..., :-1]], axis=-1
   )
-  return jnp.sort(jnp.where(is_repeat, NONE, x), axis=-1)
+  return jax.lax.sort(jnp.where(is_repeat, NONE, x), is_stable=False)

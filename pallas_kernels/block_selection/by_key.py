@@ -43,9 +43,9 @@ def fill_with(
   place_BTKC = jnp.where(is_new, jnp.cumsum(is_new, axis=-1) - 1, -1)
   # Candidates are distinct, so each place has one.
   slot_X1 = jnp.arange(num_left)[None, None, None, :, None]
-  chosen_BTKX = jnp.where(
-    place_BTKC[..., None, :] == slot_X1, candidates_BTKC[..., None, :], -1
-  ).max(-1)
+  is_chosen_BTKXC = place_BTKC[..., None, :] == slot_X1
+  # Added up, where a largest one would be one of constants that XLA keeps in memory.
+  chosen_BTKX = (is_chosen_BTKXC * (candidates_BTKC[..., None, :] + 1)).sum(-1) - 1
   return jnp.concatenate([lists_BTKQ, chosen_BTKX], axis=-1)
 
 

@@ -98,6 +98,22 @@ def test_units_list_what_their_tokens_read(case):
     assert lists.last_BU[row // K, unit] == position[members].min()
 
 
+def test_unions_are_the_same_by_marks_and_by_sorting():
+  """Lists with repeats and empty slots, a tile without any, and room for more."""
+  n, size = 70, 96
+  rng = np.random.default_rng(5)
+  listed = rng.integers(0, n, (2, 3, 40))
+  listed = np.where(rng.random(listed.shape) < 0.3, units.NONE, listed).astype(np.int32)
+  listed[1, 2] = units.NONE
+  marked, sorted_ = (
+    jax.jit(join, static_argnums=(1, 2))(listed, size, n)
+    for join in (query_tiles._by_marks, query_tiles._by_sorting)
+  )
+  np.testing.assert_array_equal(marked[0], sorted_[0])
+  is_block = listed < units.NONE
+  np.testing.assert_array_equal(marked[1][is_block], sorted_[1][is_block])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_query_tiles_hold_the_union_and_places_in_it(case):
   grouping, reads, _, _, (_, tiles, _) = make(case)
