@@ -120,11 +120,7 @@ def summarize(scores: RowScores) -> Summary:
   nll, num_tokens = scores.nll.astype(np.float64), scores.num_tokens.astype(np.float64)
   total = num_tokens.sum()
   loss = nll.sum() / total
-  rows = len(nll)
-  # Tokens of a row depend on each other; rows are the smallest pieces that hardly do.
-  residual = nll - loss * num_tokens
-  spread = math.sqrt((residual**2).sum() * rows / max(1, rows - 1)) / total
-  loss_se = spread if rows > 1 else math.nan
+  loss_se = _standard_error(nll, num_tokens)
   perplexity = math.exp(loss)
   num_bytes = scores.num_bytes.sum()
   return Summary(
@@ -135,5 +131,30 @@ def summarize(scores: RowScores) -> Summary:
     bits_per_byte=nll.sum() / math.log(2) / num_bytes if num_bytes else None,
     accuracy=scores.hits.sum() / total,
     num_tokens=int(total),
-    num_rows=rows,
+    num_rows=len(nll),
   )
+
+
+def compare(scores: RowScores, others: RowScores) -> tuple[float, float]:
+  """How much more loss per token, in nats, than others have on the same rows, and its error.
+
+  Row by row, so that what makes rows hard for both is not in the error.
+
+  Raises:
+    ValueError: the rows do not count the same tokens.
+  """
+  if not np.array_equal(scores.num_tokens, others.num_tokens):
+    raise ValueError("scores are of different rows")
+  num_tokens = scores.num_tokens.astype(np.float64)
+  more = scores.nll.astype(np.float64) - others.nll.astype(np.float64)
+  return more.sum() / num_tokens.sum(), _standard_error(more, num_tokens)
+
+
+def _standard_error(sums, num_tokens) -> float:
+  """Of a mean per token, from the spread of rows' sums; NaN for a single row."""
+  rows, total = len(sums), num_tokens.sum()
+  if rows < 2:
+    return math.nan
+  # Tokens of a row depend on each other; rows are the smallest pieces that hardly do.
+  residual = sums - sums.sum() / total * num_tokens
+  return math.sqrt((residual**2).sum() * rows / (rows - 1)) / total

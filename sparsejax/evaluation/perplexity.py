@@ -26,6 +26,8 @@ class Cell:
     bits_per_byte: of the text; None for synthetic data and for the baseline.
     accuracy: of the most likely token; None for the baseline.
     num_tokens: that count.
+    gap, gap_se: loss above that of full inference, and its standard error over the same rows;
+      None where full inference was not asked for, and for what is not sparse.
   """
 
   source: str
@@ -38,6 +40,8 @@ class Cell:
   bits_per_byte: float | None
   accuracy: float | None
   num_tokens: int | None
+  gap: float | None = None
+  gap_se: float | None = None
 
 
 def check_modes(
@@ -103,7 +107,9 @@ def run(
   for source in sources:
     loss = statistics.unigram_loss(source, config.model.vocab_size)
     cells.append(_baseline(source.name, loss))
-  for mode in modes:
+  in_full: dict[str, scoring.RowScores] = {}
+  # Full inference first: the others are compared with it.
+  for mode in sorted(modes, key=MODES.index):
     for budget in (budgets or [options.budget]) if mode == "sparse" else [None]:
       transformer = subject.transformer
       if budget is not None:
@@ -119,11 +125,19 @@ def run(
           num_rows=max_rows or _ALL,
           mesh=subject.mesh,
         )
-        cells.append(_cell(source.name, mode, budget, scoring.summarize(scores)))
+        gap = {}
+        if mode == "full":
+          in_full[source.name] = scores
+        elif source.name in in_full:
+          more, error = scoring.compare(scores, in_full[source.name])
+          gap = dict(gap=more, gap_se=error)
+        cells.append(_cell(source.name, mode, budget, scoring.summarize(scores), **gap))
   return cells
 
 
-def _cell(source: str, mode: str, budget: int | None, summary: scoring.Summary) -> Cell:
+def _cell(
+  source: str, mode: str, budget: int | None, summary: scoring.Summary, **gap: float
+) -> Cell:
   return Cell(
     source=source,
     mode=mode,
@@ -135,6 +149,7 @@ def _cell(source: str, mode: str, budget: int | None, summary: scoring.Summary) 
     bits_per_byte=summary.bits_per_byte,
     accuracy=float(summary.accuracy),
     num_tokens=summary.num_tokens,
+    **gap,
   )
 
 

@@ -178,7 +178,10 @@ TASKS = {
 def markdown(cells: Sequence[perplexity.Cell]) -> str:
   """The cells as a markdown table, columns aligned for a terminal."""
   rows = [
-    ("data", "inference", "budget", "perplexity", "bits/byte", "loss", "accuracy", "tokens")
+    (
+      *("data", "inference", "budget", "perplexity", "bits/byte", "loss", "above full"),
+      *("accuracy", "tokens"),
+    )
   ]
   rows += [
     (
@@ -188,6 +191,7 @@ def markdown(cells: Sequence[perplexity.Cell]) -> str:
       _with_error(cell.perplexity, cell.perplexity_se, 3),
       _number(cell.bits_per_byte, ".4f"),
       _with_error(cell.loss, cell.loss_se, 4),
+      "-" if cell.gap is None else _with_error(cell.gap, cell.gap_se, 4),
       _number(cell.accuracy, ".1%"),
       _number(cell.num_tokens, ",d"),
     )

@@ -103,3 +103,19 @@ def test_one_row_has_no_error_and_no_text_no_bytes():
   summary = scoring.summarize(scores._replace(num_bytes=np.zeros(1)))
   assert math.isnan(summary.loss_se)
   assert summary.bits_per_byte is None
+
+
+def test_scores_of_the_same_rows_are_compared_row_by_row():
+  """Rows that are hard for both differ by a constant: that has no error."""
+  scores = make_scores(np.random.default_rng(3), 40)
+  worse = scores._replace(nll=scores.nll + 0.25 * scores.num_tokens)
+  assert scoring.compare(worse, scores) == pytest.approx((0.25, 0.0), abs=1e-9)
+  rng = np.random.default_rng(4)
+  noisy = worse._replace(nll=worse.nll + rng.normal(size=40) * scores.num_tokens)
+  more, error = scoring.compare(noisy, scores)
+  residual = noisy.nll - scores.nll - more * scores.num_tokens
+  assert error == pytest.approx(
+    math.sqrt(40 / 39 * (residual**2).sum()) / scores.num_tokens.sum()
+  )
+  with pytest.raises(ValueError, match="different rows"):
+    scoring.compare(scores._replace(num_tokens=scores.num_tokens + 1), scores)

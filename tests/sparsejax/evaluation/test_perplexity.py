@@ -123,6 +123,20 @@ def test_streams_differ_and_a_budget_of_the_whole_row_is_full(cells):
   assert whole.accuracy == full.accuracy
 
 
+def test_sparse_inference_is_compared_with_full_on_the_same_rows(cells):
+  full, trained = cells["text", "full", None], cells["text", "sparse", 8]
+  assert trained.gap == pytest.approx(trained.loss - full.loss, rel=1e-3)
+  # What both have in common is not in it.
+  assert 0 < trained.gap_se < trained.loss_se
+  assert (full.gap, full.gap_se) == (None, None)
+  assert cells["text", "sparse", 32].gap == pytest.approx(0.0, abs=1e-4)
+
+
+def test_without_full_inference_there_is_nothing_to_compare_with(subject):
+  (cell,) = [c for c in perplexity.run(subject, modes=("sparse",)) if c.source == "text"][1:]
+  assert cell.gap is None
+
+
 def test_every_source_with_validation_has_its_cells_and_a_baseline(cells, subject):
   assert list(cells) == [
     ("text", "unigram", None),

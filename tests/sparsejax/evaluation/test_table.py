@@ -20,7 +20,9 @@ from tests import small
 CELLS = [
   perplexity.Cell("web", "unigram", None, 3.0, None, 20.0855, None, None, None, None),
   perplexity.Cell("web", "full", None, 2.0, 0.01, 7.38906, 0.0739, 0.98765, 0.4321, 12345),
-  perplexity.Cell("web", "sparse", 16, 2.5, math.nan, 12.1825, math.nan, 1.25, 0.4, 12345),
+  perplexity.Cell(
+    "web", "sparse", 16, 2.5, math.nan, 12.1825, math.nan, 1.25, 0.4, 12345, 0.5, 0.0123
+  ),
 ]
 
 
@@ -132,7 +134,7 @@ def test_a_place_without_checkpoint_is_refused(tmp_path):
     (dict(tasks=("perplexty",)), r"unknown task 'perplexty'\. Did you mean 'perplexity'\?"),
     (
       dict(tasks=("perplexity", "z")),
-      r"unknown task 'z'\. There are: perplexity, block_lists, diagnostics\.",
+      r"unknown task 'z'\. There are: perplexity, block_lists, .*throughput.*\.",
     ),
     (dict(modes=("sparce",)), r"unknown mode 'sparce'\. Did you mean 'sparse'\?"),
     (dict(kernels="strikt"), r"unknown --kernels 'strikt'\. Did you mean 'strict'\?"),
@@ -221,13 +223,13 @@ def test_the_answer_can_go_elsewhere(saved, asked, tmp_path):
 def test_the_table_reads_well_in_a_terminal():
   assert table.markdown(CELLS) == (
     "| data | inference | budget | perplexity    | bits/byte | loss            "
-    "| accuracy | tokens |\n"
+    "| above full      | accuracy | tokens |\n"
     "|------|-----------|--------|---------------|-----------|-----------------"
-    "|----------|--------|\n"
+    "|-----------------|----------|--------|\n"
     "| web  | unigram   | -      | 20.085        | -         | 3.0000          "
-    "| -        | -      |\n"
+    "| -               | -        | -      |\n"
     "| web  | full      | -      | 7.389 ± 0.074 | 0.9877    | 2.0000 ± 0.0100 "
-    "| 43.2%    | 12,345 |\n"
+    "| -               | 43.2%    | 12,345 |\n"
     "| web  | sparse    | 16     | 12.182        | 1.2500    | 2.5000          "
-    "| 40.0%    | 12,345 |\n"
+    "| 0.5000 ± 0.0123 | 40.0%    | 12,345 |\n"
   )
