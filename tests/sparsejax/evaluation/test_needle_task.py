@@ -173,6 +173,18 @@ def test_a_number_that_goes_on_is_not_cut_to_be_right(subject, unforced):
   assert [cell.accuracy for cell in found] == [0.0] * 4
 
 
+def test_what_is_asked_beside_a_question_gives_it_no_more_room(subject, unforced):
+  """Its answer comes after 8 other bytes: too late for one of 7, whatever others may write."""
+
+  def generate(transformer, params, prompts, **options):
+    right = oracle(lambda right: right)(transformer, params, prompts, **options)
+    return [[*b" It is: ", *text][: options["max_new_tokens"]] for text in right]
+
+  settings = task.Settings(kinds=("single", "multi_value"), depths=(0,), num_questions=2)
+  found = task.run(subject, settings, modes=("full",), generate=generate)
+  assert [cell.accuracy for cell in found] == [0.0, 1.0]
+
+
 def test_forced_scores_are_of_the_continuation_alone(subject):
   maker = questions.Maker(BYTES, haystacks.noise(BYTES))
   asked = [
