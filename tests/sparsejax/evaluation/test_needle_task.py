@@ -12,9 +12,9 @@ import pytest
 from configs import base
 from sparsejax import errors, model, sharding
 from sparsejax.data import tokenizers
-from sparsejax.evaluation import pictures, table
 from sparsejax.evaluation import subject as subjects
-from sparsejax.evaluation.needles import answers, haystacks, questions, show, task
+from sparsejax.evaluation import table
+from sparsejax.evaluation.needles import answers, haystacks, questions, task
 from tests import small
 
 BYTES = tokenizers.ByteTokenizer()
@@ -138,35 +138,6 @@ def test_cells_are_in_order_and_have_errors_and_counts(subject, unforced):
   assert alone[0].accuracy_se is None
 
 
-def text_question(*right, pattern=r"\d+"):
-  ids = np.array(BYTES.encode(f" {', '.join(right)}."), np.int32)
-  return questions.Question("single", ids[:0], ids, right, pattern, (), ())
-
-
-@pytest.mark.parametrize(
-  ("right", "written", "score"),
-  [
-    (["12345"], " 12345.", 1.0),
-    (["12345"], " It is 12345, no doubt", 1.0),
-    (["12345"], " 123456", 0.0),
-    (["12345"], " 99999 or 12345", 0.0),
-    (["12345"], "", 0.0),
-    (["111", "222"], " 222 and 111", 1.0),
-    (["111", "222"], " 333, 111, 222", 0.5),
-  ],
-)
-def test_answers_are_found_in_what_is_written(right, written, score):
-  question = text_question(*right)
-  assert answers.share_found(question, BYTES.encode(written), BYTES.decode) == score
-
-
-def test_ids_are_compared_one_by_one():
-  ids = np.array([7, 8], np.int32)
-  question = questions.Question("mqar", ids[:0], ids, (), "", (), ())
-  for given, score in (([7, 8, 9], 1.0), ([7, 9], 0.5), ([7], 0.5), ([], 0.0), ([8, 7], 0.0)):
-    assert answers.share_found(question, given, BYTES.decode) == score
-
-
 def test_a_number_that_goes_on_is_not_cut_to_be_right(subject, unforced):
   """The full stop is part of what may be written, so that a sixth digit would be seen."""
   found = ask(subject, lambda right: [f"{x}7" for x in right], kinds=("single",))
@@ -261,65 +232,6 @@ def test_the_task_end_to_end(written):
   assert {path.name for path in (out / "needle").iterdir()} == {f"{n}.png" for n in names}
   for path in (out / "needle").iterdir():
     assert path.read_bytes().startswith(b"\x89PNG")
-
-
-CELLS = [
-  task.Cell(
-    kind="single",
-    haystack="noise",
-    mode=mode,
-    budget=budget,
-    length=length,
-    depth=depth,
-    accuracy=0.25 if depth else 1.0,
-    accuracy_se=0.125 if depth else None,
-    loss=1.0 + depth / 100,
-    top1=0.5,
-    num_questions=4,
-  )
-  for mode, budget in (("full", None), ("sparse", 64))
-  for length in (256, 1024)
-  for depth in (0, 50)
-]
-
-
-def test_the_table_has_a_column_for_each_depth():
-  header, *lines = show.rows(CELLS)
-  assert header == (
-    *("kind", "haystack", "inference", "budget", "length", "depth 0%", "depth 50%"),
-    *("mean", "nats/token", "top-1", "questions"),
-  )
-  assert lines[0] == (
-    *("single", "noise", "full", "-", "256", "100.0", "25.0 ± 12.5"),
-    *("62.5", "1.250", "50.0%", "8"),
-  )
-  assert [line[2:5] for line in lines] == [
-    ("full", "-", "256"),
-    ("full", "-", "1,024"),
-    ("sparse", "64", "256"),
-    ("sparse", "64", "1,024"),
-  ]
-
-
-def test_a_map_has_depths_down_and_lengths_across(tmp_path, monkeypatch):
-  asked = []
-  monkeypatch.setattr(pictures, "draw_map", lambda values, **rest: asked.append((values, rest)))
-  said = show.draw(CELLS, tmp_path / "needle")
-  assert said == f"maps of depth by length in {tmp_path}/needle\n"
-  (values, rest), (_, sparse) = asked
-  np.testing.assert_array_equal(values, [[1.0, 1.0], [0.25, 0.25]])
-  assert rest["rows"] == ["0%", "50%"]
-  assert rest["columns"] == ["256", "1,024"]
-  assert rest["labels"] == ("tokens", "depth")
-  assert rest["title"] == "single in noise, full"
-  assert sparse["title"] == "single in noise, sparse 64"
-  assert [r["path"].name for _, r in asked] == ["single_full.png", "single_sparse_64.png"]
-
-
-def test_without_matplotlib_there_are_no_maps_and_it_is_said(tmp_path, monkeypatch):
-  monkeypatch.setattr(show.importlib.util, "find_spec", lambda name: None)
-  assert re.match(r"no maps: .* matplotlib; install", show.draw(CELLS, tmp_path / "needle"))
-  assert not (tmp_path / "needle").exists()
 
 
 @pytest.mark.parametrize(
