@@ -2,6 +2,7 @@
 
   python eval.py --workdir=runs/smoke
   python eval.py --workdir=runs/smoke --modes=full,sparse --budgets=32,64,128
+  python eval.py --workdir=runs/a --tasks=needle --lengths=1024,2048,4096 --budgets=256,512
 
 Prints a table and saves it, with everything it depends on, in WORKDIR/eval/STEP.
 """
@@ -14,6 +15,8 @@ from absl import app, flags
 from configs import base
 from sparsejax import command_line, errors
 from sparsejax.evaluation import table
+from sparsejax.evaluation.needles import haystacks
+from sparsejax.evaluation.needles import task as needles
 
 WORKDIR = flags.DEFINE_string("workdir", None, "What train.py wrote, or one checkpoint of it.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
@@ -21,7 +24,8 @@ TASKS = flags.DEFINE_list(
   "tasks",
   ["perplexity"],
   "What to ask: perplexity; block_lists, which the model chooses; diagnostics; locality, what "
-  "of its lists stays from one token to the next; throughput of decoding.",
+  "of its lists stays from one token to the next; throughput of decoding; needle, what it "
+  "finds in long contexts.",
 )
 MODES = flags.DEFINE_list("modes", ["full", "sparse"], "Modes of inference.")
 BUDGETS = flags.DEFINE_list(
@@ -35,7 +39,10 @@ KERNELS = flags.DEFINE_string(
   "kernels", None, "auto: what this machine has; strict: GPU kernels alone; else as trained."
 )
 LENGTHS = flags.DEFINE_list(
-  "lengths", [], "Contexts of locality and throughput, in tokens; half of a row if none."
+  "lengths",
+  [],
+  "Contexts of locality and throughput, in tokens (half of a row if none); questions of needle "
+  "(a row if none).",
 )
 STEPS = flags.DEFINE_integer("num_steps", 128, "Tokens after a context.")
 SPARE = flags.DEFINE_list(
@@ -49,6 +56,15 @@ KV_GIB = flags.DEFINE_list(
   [],
   "Caches on the device: throughput decodes as many rows as fit, not --batch_size.",
 )
+KINDS = flags.DEFINE_list("needle_kinds", [*needles.KINDS], "Kinds of questions of needle.")
+HAYSTACK = flags.DEFINE_string(
+  "haystack", "noise", f"What needles are hidden in: {', '.join(haystacks.NAMES)}."
+)
+DEPTHS = flags.DEFINE_list(
+  "depths", ["0", "25", "50", "75", "100"], "Where needles are, percent of the haystack."
+)
+QUESTIONS = flags.DEFINE_integer("questions", 20, "Of each kind, length and depth.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the questions of needle.")
 OUT = flags.DEFINE_string("out", None, "Where results go; WORKDIR/eval/STEP if not given.")
 
 
@@ -74,6 +90,13 @@ def main(arguments: list[str]) -> int:
     num_steps=STEPS.value,
     spare=_numbers(SPARE),
     kv_gib=_sizes(KV_GIB),
+    about_needles=needles.Settings(
+      kinds=tuple(KINDS.value),
+      haystack=HAYSTACK.value,
+      depths=_numbers(DEPTHS),
+      num_questions=QUESTIONS.value,
+      seed=SEED.value,
+    ),
     out=OUT.value,
   )
   text, out = table.run(request, base.get_config())

@@ -1,4 +1,4 @@
-"""Pictures of runs side by side, each run in one colour in all of them."""
+"""Pictures of runs side by side, each in one colour in all of them, and maps of shares."""
 
 from collections.abc import Sequence
 import pathlib
@@ -119,6 +119,41 @@ def draw_diagnostics(runs: Sequence[Run], names: Sequence[str], path: pathlib.Pa
   for axis in axes.flat[len(names) :]:
     axis.remove()
   _finish(figure, path, shown, {})
+
+
+def draw_map(
+  values: np.ndarray,
+  *,
+  columns: Sequence[str],
+  rows: Sequence[str],
+  labels: tuple[str, str],
+  title: str,
+  path: pathlib.Path,
+) -> None:
+  """Shares as a map of colours, each with its number in percent.
+
+  Args:
+    values: from 0 to 1, [rows, columns]; the first row is at the top.
+    columns, rows: their names.
+    labels: what columns and rows are.
+    title: above the map.
+    path: to write.
+  """
+  plt = _pyplot()
+  size = 2.5 + 0.9 * len(columns), 1.8 + 0.5 * len(rows)
+  figure, axis = plt.subplots(figsize=size, layout="constrained")
+  # Colours mean the same in every map, so that modes and budgets compare by eye.
+  image = axis.imshow(values, vmin=0.0, vmax=1.0, cmap="RdYlGn", aspect="auto")
+  for (row, column), value in np.ndenumerate(values):
+    axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center")
+  axis.set_xticks(range(len(columns)), columns)
+  axis.set_yticks(range(len(rows)), rows)
+  axis.set_xlabel(labels[0])
+  axis.set_ylabel(labels[1])
+  axis.set_title(title, fontsize="medium")
+  figure.colorbar(image, ax=axis, format=lambda share, _: f"{share:.0%}")
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
 
 
 def _draw_layers(axis, found) -> None:

@@ -21,6 +21,8 @@ from sparsejax.evaluation import (
   throughput,
 )
 from sparsejax.evaluation import subject as subjects
+from sparsejax.evaluation.needles import show as needle_tables
+from sparsejax.evaluation.needles import task as needles
 
 # That throughput decodes together, if nobody says how many.
 _ROWS = 8
@@ -41,11 +43,13 @@ class Request:
     max_rows: rows of each source; 0 takes all.
     batch_size: rows at once; 0 is that of training.
     kernels: `auto` or `strict`; None is as trained.
-    lengths: contexts, in tokens, after which is decoded; () is half of `sequence_length`.
+    lengths: contexts, in tokens, after which is decoded; () is half of `sequence_length`. Of
+      questions about needles, their lengths; () is `sequence_length`.
     num_steps: that are decoded after a context.
     spare: slots for blocks beyond those of a list; () is 0, 16, 32 and 64 for locality, and
       all pages on the device for throughput.
     kv_gib: sizes of caches on the device, of which throughput takes its rows.
+    about_needles: what is asked about needles.
     out: directory for the results; None is `eval/STEP` in the workdir.
   """
 
@@ -63,6 +67,7 @@ class Request:
   num_steps: int = 128
   spare: tuple[int, ...] = ()
   kv_gib: tuple[float, ...] = ()
+  about_needles: needles.Settings = dataclasses.field(default_factory=needles.Settings)
   out: str | pathlib.Path | None = None
 
 
@@ -73,7 +78,8 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
   for it, and the tables as markdown.
   Each task leaves `TASK.json` (with config, commit, versions and device) and `TASK.md`;
   block_lists also `block_lists.npy`, int32 [layers, T, K, M], and locality for every context
-  `lists/CONTEXT.npy`, int16 [steps, layers, rows, K, M]; throughput also a picture.
+  `lists/CONTEXT.npy`, int16 [steps, layers, rows, K, M]; throughput also a picture, and needle
+  its maps in `needle`.
 
   Args:
     request: what to do.
@@ -93,6 +99,8 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
     raise errors.ConfigError(errors.one_of("--kernels", request.kernels, kernels))
   if request.num_steps < 2:
     raise errors.ConfigError(f"--num_steps={request.num_steps} must be at least 2.")
+  if "needle" in request.tasks:
+    needles.check_lengths(request.lengths)
   subject = subjects.load(
     request.path,
     template,
@@ -165,6 +173,19 @@ def _throughput(subject, request: Request, out):
   return cells, align(decode_timing.rows(cells))
 
 
+def _needle(subject, request: Request, out):
+  cells = needles.run(
+    subject,
+    request.about_needles,
+    lengths=request.lengths,
+    modes=request.modes,
+    budgets=request.budgets,
+    num_rows=request.batch_size,
+  )
+  maps = needle_tables.draw(cells, out / "needle")
+  return cells, f"{align(needle_tables.rows(cells))}\n{maps}"
+
+
 # Each gives cells, and a table of them as markdown.
 TASKS = {
   "perplexity": _perplexity,
@@ -172,6 +193,7 @@ TASKS = {
   "diagnostics": _diagnostics,
   "locality": _locality,
   "throughput": _throughput,
+  "needle": _needle,
 }
 
 

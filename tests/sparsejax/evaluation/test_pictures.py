@@ -180,3 +180,27 @@ def test_colours_are_distinct(saved, num_runs):
   runs = [Run(str(i), cells=CELLS) for i in range(num_runs)]
   pictures.draw_budgets(runs, "budgets.png")
   assert len(set(colors_of(saved[0].axes[0]).values())) == num_runs
+
+
+def test_a_map_shows_shares_in_colours_that_mean_the_same_everywhere(saved):
+  pictures.draw_map(
+    np.array([[1.0, 0.5, 0.0], [0.25, 0.125, 0.75]]),
+    columns=["1k", "2k", "4k"],
+    rows=["0%", "100%"],
+    labels=("tokens", "depth"),
+    title="single, full",
+    path="map.png",
+  )
+  (figure,) = saved
+  axis, _ = figure.axes
+  texts = [(*text.get_position(), text.get_text()) for text in axis.texts]
+  assert texts[:4] == [(0, 0, "100"), (1, 0, "50"), (2, 0, "0"), (0, 1, "25")]
+  assert [label.get_text() for label in axis.get_xticklabels()] == ["1k", "2k", "4k"]
+  assert [label.get_text() for label in axis.get_yticklabels()] == ["0%", "100%"]
+  assert (axis.get_xlabel(), axis.get_ylabel()) == ("tokens", "depth")
+  assert axis.get_title() == "single, full"
+  (image,) = axis.images
+  assert image.get_clim() == (0.0, 1.0)
+  # The first row is at the top.
+  low, high = axis.get_ylim()
+  assert low > high
