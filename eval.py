@@ -13,7 +13,7 @@ from absl import app, flags
 
 from configs import base
 from sparsejax import command_line, errors
-from sparsejax.evaluation import table
+from sparsejax.evaluation import harness, table
 
 WORKDIR = flags.DEFINE_string("workdir", None, "What train.py wrote, or one checkpoint of it.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
@@ -21,7 +21,8 @@ TASKS = flags.DEFINE_list(
   "tasks",
   ["perplexity"],
   "What to ask: perplexity; block_lists, which the model chooses; diagnostics; locality, what "
-  "of its lists stays from one token to the next; throughput of decoding.",
+  "of its lists stays from one token to the next; throughput of decoding; lm_eval, tasks of "
+  "lm-evaluation-harness.",
 )
 MODES = flags.DEFINE_list("modes", ["full", "sparse"], "Modes of inference.")
 BUDGETS = flags.DEFINE_list(
@@ -35,7 +36,10 @@ KERNELS = flags.DEFINE_string(
   "kernels", None, "auto: what this machine has; strict: GPU kernels alone; else as trained."
 )
 LENGTHS = flags.DEFINE_list(
-  "lengths", [], "Contexts of locality and throughput, in tokens; half of a row if none."
+  "lengths",
+  [],
+  "Contexts of locality and throughput, in tokens, half of a row if none; "
+  "and of texts that RULER makes.",
 )
 STEPS = flags.DEFINE_integer("num_steps", 128, "Tokens after a context.")
 SPARE = flags.DEFINE_list(
@@ -49,6 +53,16 @@ KV_GIB = flags.DEFINE_list(
   [],
   "Caches on the device: throughput decodes as many rows as fit, not --batch_size.",
 )
+HARNESS_TASKS = flags.DEFINE_list(
+  "lm_eval_tasks",
+  [],
+  "Of lm_eval: tasks of lm-evaluation-harness, or ssa, ssa_needle, longbench_en, ruler.",
+)
+HARNESS_PATH = flags.DEFINE_string("lm_eval_path", None, "Folder of more such tasks, YAML.")
+SHOTS = flags.DEFINE_integer(
+  "num_fewshot", None, "Examples before each question of lm_eval; as its tasks say if none."
+)
+LIMIT = flags.DEFINE_integer("limit", None, "Samples of each task of lm_eval; all if none.")
 OUT = flags.DEFINE_string("out", None, "Where results go; WORKDIR/eval/STEP if not given.")
 
 
@@ -74,6 +88,12 @@ def main(arguments: list[str]) -> int:
     num_steps=STEPS.value,
     spare=_numbers(SPARE),
     kv_gib=_sizes(KV_GIB),
+    lm_eval=harness.Options(
+      tasks=tuple(HARNESS_TASKS.value),
+      folder=HARNESS_PATH.value,
+      num_fewshot=SHOTS.value,
+      limit=LIMIT.value,
+    ),
     out=OUT.value,
   )
   text, out = table.run(request, base.get_config())

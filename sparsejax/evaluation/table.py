@@ -15,6 +15,7 @@ from sparsejax.evaluation import (
   block_lists,
   decode_timing,
   diagnostics,
+  harness,
   locality,
   perplexity,
   pictures,
@@ -46,6 +47,7 @@ class Request:
     spare: slots for blocks beyond those of a list; () is 0, 16, 32 and 64 for locality, and
       all pages on the device for throughput.
     kv_gib: sizes of caches on the device, of which throughput takes its rows.
+    lm_eval: what the task of that name asks.
     out: directory for the results; None is `eval/STEP` in the workdir.
   """
 
@@ -63,6 +65,7 @@ class Request:
   num_steps: int = 128
   spare: tuple[int, ...] = ()
   kv_gib: tuple[float, ...] = ()
+  lm_eval: harness.Options = dataclasses.field(default_factory=harness.Options)
   out: str | pathlib.Path | None = None
 
 
@@ -93,6 +96,8 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
     raise errors.ConfigError(errors.one_of("--kernels", request.kernels, kernels))
   if request.num_steps < 2:
     raise errors.ConfigError(f"--num_steps={request.num_steps} must be at least 2.")
+  if "lm_eval" in request.tasks:
+    harness.check(request.lm_eval)
   subject = subjects.load(
     request.path,
     template,
@@ -165,6 +170,19 @@ def _throughput(subject, request: Request, out):
   return cells, align(decode_timing.rows(cells))
 
 
+def _lm_eval(subject, request: Request, out):
+  del out
+  cells = harness.run(
+    subject,
+    request.lm_eval,
+    modes=request.modes,
+    budgets=request.budgets,
+    lengths=request.lengths,
+    batch_size=request.batch_size,
+  )
+  return cells, align(harness.rows(cells))
+
+
 # Each gives cells, and a table of them as markdown.
 TASKS = {
   "perplexity": _perplexity,
@@ -172,6 +190,7 @@ TASKS = {
   "diagnostics": _diagnostics,
   "locality": _locality,
   "throughput": _throughput,
+  "lm_eval": _lm_eval,
 }
 
 
