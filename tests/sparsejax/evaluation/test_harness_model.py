@@ -13,6 +13,7 @@ import tokenizers as hf
 from sparsejax import errors, sharding
 from sparsejax.data import tokenizers
 from tests import small
+from tests.sparsejax.evaluation import harness_files
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'sparsejax[eval]'")
 
@@ -219,6 +220,30 @@ def test_generated_texts_are_those_of_the_peer(both):
   ours = adapter.generate_until(requests("generate_until", *short))
   assert ours[0] == texts[0].partition(stop)[0]
   assert ours == peer.generate_until(requests("generate_until", *short), disable_tqdm=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_gives_the_numbers_of_the_peer(both, tmp_path, monkeypatch):
+  """Choices among continuations, perplexity and generated answers, asked by the harness."""
+  import datasets
+
+  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+  adapter, peer = both
+  peer.add_bos_token = adapter._add_bos = False  # of rolling texts the peer scores a second one
+  folder = harness_files.write(tmp_path / "tasks")
+  manager = harness_model.find_manager(list(harness_files.TASKS), folder)
+  tasks = harness_model.load(manager, list(harness_files.TASKS))
+  ours, theirs = (
+    harness_model.evaluate(model, tasks, num_fewshot=2, limit=None, seed=3)["results"]
+    for model in (adapter, peer)
+  )
+  assert ours.keys() == theirs.keys() == harness_files.TASKS.keys()
+  for task, metrics in theirs.items():
+    for key, value in metrics.items():
+      if isinstance(value, str):
+        assert ours[task][key] == value
+      else:
+        assert ours[task][key] == pytest.approx(value, rel=1e-4), (task, key)
 
 
 def test_sparse_numbers_are_not_those_of_full_attention():
