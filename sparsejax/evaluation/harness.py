@@ -85,10 +85,10 @@ def check(options: Options) -> None:
     raise errors.ConfigError(
       f"--lm_eval_path={options.folder} is no folder; name one with YAML files of tasks."
     )
-  _need(("lm_eval",), "--tasks=lm_eval", "sparsejax[eval]")
+  _need(("lm_eval",), "--tasks=lm_eval", "'sparsejax[eval]'")
   parts = harness_presets.expand(options.tasks)
   for preset, part in parts:
-    _need(part.modules, f"{preset or part.tasks[0]!r} of lm_eval", f"lm_eval[{part.extra}]")
+    _need(part.modules, f"{preset or part.tasks[0]} of lm_eval", part.package)
   names = [name for _, part in parts for name in part.tasks]
   from sparsejax.evaluation import harness_model  # imports what may not be installed
 
@@ -180,7 +180,7 @@ def _need(modules: Sequence[str], what: str, package: str) -> None:
   missing = [name for name in modules if importlib.util.find_spec(name) is None]
   if missing:
     raise errors.UserError(
-      f"{what} needs {' and '.join(missing)}, which is not installed; pip install '{package}'."
+      f"{what} needs {' and '.join(missing)}, which is not installed; pip install {package}."
     )
 
 

@@ -54,7 +54,7 @@ class Part:
       harness's own.
     mean_of: metric whose mean over the tasks is reported, too.
     modules: that these tasks import, beyond what the harness needs.
-    extra: of lm_eval, which installs those.
+    package: what pip installs for those.
     is_synthetic: whether texts are made to measure, by the model's tokenizer and `--lengths`.
   """
 
@@ -63,7 +63,7 @@ class Part:
   seeds: tuple[int, ...] = ()
   mean_of: str | None = None
   modules: tuple[str, ...] = ()
-  extra: str = ""
+  package: str = ""
   is_synthetic: bool = False
 
 
@@ -73,7 +73,8 @@ def _shots(task: str, num_fewshot: int) -> Part:
 
 def _ruler(*tasks: str) -> Part:
   modules = ("nltk", "wonderwords", "transformers")
-  return Part(tasks=tasks, modules=modules, extra="ruler", is_synthetic=True)
+  package = "'lm_eval[ruler]' transformers"
+  return Part(tasks=tasks, modules=modules, package=package, is_synthetic=True)
 
 
 PRESETS: dict[str, tuple[Part, ...]] = {
@@ -94,7 +95,7 @@ PRESETS: dict[str, tuple[Part, ...]] = {
       tasks=tuple(f"longbench_{name}" for name in _LONGBENCH),
       mean_of="score",
       modules=("jieba", "fuzzywuzzy", "rouge"),
-      extra="longbench",
+      package="'lm_eval[longbench]'",
     ),
   ),
   # All 13 tasks of arXiv:2404.06654.

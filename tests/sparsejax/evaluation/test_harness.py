@@ -181,6 +181,16 @@ def test_a_mistake_is_refused_before_anything_is_read(tmp_path, options, message
     table.run(request, base.get_config())
 
 
+def test_what_a_preset_needs_is_named(monkeypatch):
+  need_harness()
+  monkeypatch.setattr(
+    harness.importlib.util, "find_spec", lambda name: "found" if name == "lm_eval" else None
+  )
+  message = r"longbench_en of lm_eval needs jieba and .* pip install 'lm_eval\[longbench\]'"
+  with pytest.raises(errors.UserError, match=message):
+    harness.check(harness.Options(tasks=("longbench_en",)))
+
+
 def test_without_the_harness_its_installation_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(errors.UserError, match=r"lm_eval.* pip install 'sparsejax\[eval\]'"):
@@ -208,6 +218,34 @@ def test_data_that_are_not_there_are_named(workdir, tmp_path, offline):
   subject = subjects.load(workdir, base.get_config())
   with pytest.raises(errors.DataError, match=r"data of task 'tiny_text' .*text\.json"):
     harness.run(subject, harness.Options(tasks=("tiny_text",), folder=folder))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ruler_makes_its_texts_by_the_models_tokenizer(tmp_path, offline, monkeypatch):
+  """Its needle in repeated sentences, the one task of it that needs no data from elsewhere."""
+  transformers, _ = (
+    pytest.importorskip(name, reason="RULER needs 'lm_eval[ruler]' and transformers")
+    for name in ("transformers", "wonderwords")
+  )
+  import nltk
+
+  monkeypatch.setattr(nltk, "download", lambda name: None)
+  from sparsejax.evaluation import harness_model
+
+  tokenizer = tokenizers.train_bpe(["One of the special magic numbers for it is: 7."], 280)
+  measures = harness._measures(tokenizer, str(tmp_path), (1024, 2048), 2048)
+  manager = harness_model.find_manager(["niah_single_1"], None, measures)
+  (task,) = harness_model.load(manager, ["niah_single_1"])
+  samples = list(task.test_docs())
+  assert len(samples) == 1000
+  for length in (1024, 2048):
+    texts = [sample["input"] for sample in samples if sample["max_length"] == length]
+    sizes = [len(tokenizer.encode(text)) for text in texts]
+    # Room is left for the answer, and sentences come by the dozen.
+    assert 0.5 * length < max(sizes) <= length
+  read = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  text = samples[0]["input"]
+  assert read.encode(text, add_special_tokens=False) == tokenizer.encode(text)
 
 
 def test_texts_made_to_measure_need_a_tokenizer_and_lengths(tmp_path):
