@@ -257,6 +257,15 @@ def test_sparse_numbers_are_not_those_of_full_attention():
   assert full[1] == pytest.approx(sparse[1], rel=1e-5)
 
 
+def test_texts_are_generated_under_the_stream_that_is_asked_for():
+  asked = requests("generate_until", (TEXT, dict(max_gen_toks=16)), ("who", dict(until="?")))
+  full, sparse = (
+    make_adapter(stream=stream, max_length=272).generate_until(asked)
+    for stream in ("full", "sparse")
+  )
+  assert full[0] != sparse[0]
+
+
 def test_a_text_stops_before_it_is_as_long_as_it_may_be(monkeypatch):
   """What is behind a stop string is not generated."""
   adapter = make_adapter(max_length=256)
