@@ -14,7 +14,7 @@ from absl import app, flags
 
 from configs import base
 from sparsejax import command_line, errors
-from sparsejax.evaluation import table
+from sparsejax.evaluation import harness, table
 from sparsejax.evaluation.needles import haystacks
 from sparsejax.evaluation.needles import task as needles
 
@@ -25,7 +25,7 @@ TASKS = flags.DEFINE_list(
   ["perplexity"],
   "What to ask: perplexity; block_lists, which the model chooses; diagnostics; locality, what "
   "of its lists stays from one token to the next; throughput of decoding; needle, what it "
-  "finds in long contexts.",
+  "finds in long contexts; lm_eval, tasks of lm-evaluation-harness.",
 )
 MODES = flags.DEFINE_list("modes", ["full", "sparse"], "Modes of inference.")
 BUDGETS = flags.DEFINE_list(
@@ -42,7 +42,7 @@ LENGTHS = flags.DEFINE_list(
   "lengths",
   [],
   "Contexts of locality and throughput, in tokens (half of a row if none); questions of needle "
-  "(a row if none).",
+  "(a row if none), and of texts that RULER makes.",
 )
 STEPS = flags.DEFINE_integer("num_steps", 128, "Tokens after a context.")
 SPARE = flags.DEFINE_list(
@@ -65,6 +65,16 @@ DEPTHS = flags.DEFINE_list(
 )
 QUESTIONS = flags.DEFINE_integer("questions", 20, "Of each kind, length and depth.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the questions of needle.")
+HARNESS_TASKS = flags.DEFINE_list(
+  "lm_eval_tasks",
+  [],
+  "Of lm_eval: tasks of lm-evaluation-harness, or ssa, ssa_needle, longbench_en, ruler.",
+)
+HARNESS_PATH = flags.DEFINE_string("lm_eval_path", None, "Folder of more such tasks, YAML.")
+SHOTS = flags.DEFINE_integer(
+  "num_fewshot", None, "Examples before each question of lm_eval; as its tasks say if none."
+)
+LIMIT = flags.DEFINE_integer("limit", None, "Samples of each task of lm_eval; all if none.")
 OUT = flags.DEFINE_string("out", None, "Where results go; WORKDIR/eval/STEP if not given.")
 
 
@@ -96,6 +106,12 @@ def main(arguments: list[str]) -> int:
       depths=_numbers(DEPTHS),
       num_questions=QUESTIONS.value,
       seed=SEED.value,
+    ),
+    lm_eval=harness.Options(
+      tasks=tuple(HARNESS_TASKS.value),
+      folder=HARNESS_PATH.value,
+      num_fewshot=SHOTS.value,
+      limit=LIMIT.value,
     ),
     out=OUT.value,
   )

@@ -65,6 +65,7 @@ GATES = {
   "grain": ("sparsejax/data/corpus.py",),
   "array_record": ("sparsejax/data/shards.py",),
   "tokenizers": ("sparsejax/data/tokenizers.py",),
+  "lm_eval": ("sparsejax/evaluation/harness_model.py",),
   "orbax": ("sparsejax/checkpoint.py",),
   "tensorboardX": ("sparsejax/training/metrics.py",),
   "wandb": ("sparsejax/training/metrics.py",),

@@ -31,6 +31,7 @@ def generate(
   seed: int = 0,
   num_ids: int | None = None,
   stop_ids: Iterable[int] = (),
+  is_over: Callable[[Sequence[int]], bool] | None = None,
   rows: int = 8,
   length: int | None = None,
   offload: str = "auto",
@@ -53,6 +54,7 @@ def generate(
     seed: of the draws.
     num_ids: ids that may be drawn; None is the whole vocabulary.
     stop_ids: ids that end a text; they are its last.
+    is_over: asked after each id whether a prompt's text, all of its ids, ends there.
     rows: prompts that are decoded at the same time.
     length: tokens that a row has room for; None is what the longest prompt needs.
     offload: whether pages lie in the host's memory, `never`, `always`, or `auto`: where they
@@ -100,7 +102,8 @@ def generate(
     texts[number].append(token)
     if on_token is not None:
       on_token(number, token)
-    if token in stop_ids or len(texts[number]) == max_new_tokens:
+    ended = token in stop_ids or len(texts[number]) == max_new_tokens
+    if ended or (is_over is not None and is_over(texts[number])):
       in_row[row] = None
 
   while True:

@@ -15,6 +15,7 @@ from sparsejax.evaluation import (
   block_lists,
   decode_timing,
   diagnostics,
+  harness,
   locality,
   perplexity,
   pictures,
@@ -50,6 +51,7 @@ class Request:
       all pages on the device for throughput.
     kv_gib: sizes of caches on the device, of which throughput takes its rows.
     about_needles: what is asked about needles.
+    lm_eval: what the task of that name asks.
     out: directory for the results; None is `eval/STEP` in the workdir.
   """
 
@@ -68,6 +70,7 @@ class Request:
   spare: tuple[int, ...] = ()
   kv_gib: tuple[float, ...] = ()
   about_needles: needles.Settings = dataclasses.field(default_factory=needles.Settings)
+  lm_eval: harness.Options = dataclasses.field(default_factory=harness.Options)
   out: str | pathlib.Path | None = None
 
 
@@ -101,6 +104,8 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
     raise errors.ConfigError(f"--num_steps={request.num_steps} must be at least 2.")
   if "needle" in request.tasks:
     needles.check_lengths(request.lengths)
+  if "lm_eval" in request.tasks:
+    harness.check(request.lm_eval)
   subject = subjects.load(
     request.path,
     template,
@@ -186,6 +191,19 @@ def _needle(subject, request: Request, out):
   return cells, f"{align(needle_tables.rows(cells))}\n{maps}"
 
 
+def _lm_eval(subject, request: Request, out):
+  del out
+  cells = harness.run(
+    subject,
+    request.lm_eval,
+    modes=request.modes,
+    budgets=request.budgets,
+    lengths=request.lengths,
+    batch_size=request.batch_size,
+  )
+  return cells, align(harness.rows(cells))
+
+
 # Each gives cells, and a table of them as markdown.
 TASKS = {
   "perplexity": _perplexity,
@@ -194,6 +212,7 @@ TASKS = {
   "locality": _locality,
   "throughput": _throughput,
   "needle": _needle,
+  "lm_eval": _lm_eval,
 }
 
 

@@ -56,6 +56,11 @@ from tests.end_to_end import programs
     ),
     ("eval.py", [], "name the --workdir"),
     ("eval.py", ["--workdir=no/such/run"], "no/such/run holds no checkpoint"),
+    (
+      "eval.py",
+      ["--workdir=w", "--tasks=lm_eval", "--lm_eval_tasks=piqa", "--lm_eval_path=no/where"],
+      "--lm_eval_path=no/where is no folder",
+    ),
   ],
 )
 def test_a_mistake_gets_one_clear_error(environment, tmp_path, program, arguments, message):

@@ -58,6 +58,15 @@ def test_greedy_texts_are_those_of_the_whole_row():
       assert text[n] == following(ids, len(prompt) + n)
 
 
+def test_a_text_is_over_when_its_owner_says_so():
+  """Asked after every id; rows that it frees are used again."""
+  whole = generate()
+  assert generate(is_over=lambda ids: len(ids) == 2) == [text[:2] for text in whole]
+  assert generate(is_over=lambda ids: False) == whole
+  ends = whole[0][:3]
+  assert generate(is_over=lambda ids: list(ids) == ends)[0] == ends
+
+
 def test_prompts_are_padded_to_few_lengths():
   """Powers of two up to a chunk; longer ones are as long as a row, by one program for all."""
   transformer, params, mesh = make()

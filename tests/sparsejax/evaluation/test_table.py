@@ -134,7 +134,7 @@ def test_a_place_without_checkpoint_is_refused(tmp_path):
     (dict(tasks=("perplexty",)), r"unknown task 'perplexty'\. Did you mean 'perplexity'\?"),
     (
       dict(tasks=("perplexity", "z")),
-      r"unknown task 'z'\. There are: perplexity, block_lists, .*throughput, needle\.",
+      r"unknown task 'z'\. There are: perplexity, block_lists, .*throughput, needle, lm_eval\.",
     ),
     (dict(modes=("sparce",)), r"unknown mode 'sparce'\. Did you mean 'sparse'\?"),
     (dict(kernels="strikt"), r"unknown --kernels 'strikt'\. Did you mean 'strict'\?"),

@@ -1,0 +1,289 @@
+"""lm-evaluation-harness: a model as it takes one, and its tasks; the only file that knows it.
+
+subject = subjects.load("runs/smoke", base.get_config())
+model = harness_model.of_subject(subject, mode="sparse", budget=64)
+lm_eval.simple_evaluate(model=model, tasks=["piqa"])
+"""
+
+from collections.abc import Sequence
+import functools
+import json
+import os
+import pathlib
+
+import jax
+import lm_eval
+from lm_eval import tasks as harness_tasks
+from lm_eval.api import model as harness_api
+
+from sparsejax import errors, model
+from sparsejax.attention import method
+from sparsejax.configuration import build
+from sparsejax.data import tokenizers
+from sparsejax.evaluation import continuations, generation_settings, stop_strings
+from sparsejax.evaluation import subject as subjects
+
+# Enough for two digits of a standard error.
+_BOOTSTRAP_DRAWS = 1000
+
+
+class Model(harness_api.TemplateLM):
+  """A model under one stream; hand it to `lm_eval.simple_evaluate(model=...)`.
+
+  Attributes:
+    max_length: tokens that it reads at a time.
+    seed: of drawn texts; another may be set between runs.
+  """
+
+  def __init__(
+    self,
+    transformer: model.Transformer,
+    params: dict,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    stream: method.Stream,
+    mesh: jax.sharding.Mesh,
+    max_length: int,
+    chunk_length: int,
+    rows: int = 8,
+    add_bos: bool | None = None,
+    seed: int = 0,
+    progress: bool = True,
+  ):
+    """Makes the adapter; nothing is compiled yet.
+
+    Args:
+      transformer, params: the model.
+      tokenizer: its own.
+      stream: `full` or `sparse`.
+      mesh: where the parameters are.
+      max_length: tokens the model reads at a time; contexts lose their beginning to fit.
+      chunk_length: positions of each row whose logits exist at the same time.
+      rows: of `max_length` tokens that are scored, or decoded, together.
+      add_bos: whether contexts begin with the tokenizer's `bos`, as documents do in training;
+        None: if it has one. Texts of rolling perplexity follow it once in any case, or `eos`
+        where there is none.
+      seed: of drawn texts.
+      progress: whether bars show what is done.
+    """
+    super().__init__()
+    self._transformer, self._params, self._tokens = transformer, params, tokenizer
+    self._stream, self._mesh, self._rows = stream, mesh, rows
+    self.seed, self._progress = seed, progress
+    self._add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos
+    if self._add_bos and tokenizer.bos_id is None:
+      raise errors.ConfigError("add_bos=True, but the tokenizer has no bos; take False.")
+    self.max_length = max_length
+    self._score = continuations.Scorer(
+      transformer,
+      params,
+      stream=stream,
+      mesh=mesh,
+      max_length=max_length,
+      chunk_length=chunk_length,
+      rows=rows,
+    )
+
+  @property
+  def eot_token_id(self) -> int | None:
+    return self._tokens.eos_id
+
+  @property
+  def prefix_token_id(self) -> int | None:
+    """Id that stands for an empty context: `bos`, or `eos` where there is none."""
+    bos, eos = self._tokens.bos_id, self._tokens.eos_id
+    return eos if bos is None else bos
+
+  @property
+  def tokenizer_name(self) -> str:
+    """What the harness tells cached requests apart by."""
+    return self._tokens.fingerprint
+
+  def tok_encode(
+    self, string: str, add_special_tokens: bool | None = None, **kwargs
+  ) -> list[int]:
+    """Ids of a text, behind `bos` unless `add_special_tokens` is False."""
+    del kwargs
+    opens = self._add_bos and add_special_tokens is not False
+    return [self._tokens.bos_id] * opens + self._tokens.encode(string)
+
+  def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
+    """Pairs of log-probability and greediness, for `((context, text), ids, ids)` each."""
+    del kwargs
+    pairs = [continuations.Pair(context, text) for _, context, text in requests]
+    found = self._score(pairs, progress=self._progress and not disable_tqdm)
+    for (strings, _, _), likelihood in zip(requests, found, strict=True):
+      self.cache_hook.add_partial("loglikelihood", strings, tuple(likelihood))
+    return [tuple(likelihood) for likelihood in found]
+
+  def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    """Log-probabilities of whole texts, each id once, in nats."""
+    pieces, owners = [], []
+    for number, request in enumerate(requests):
+      ids = self.tok_encode(request.args[0], add_special_tokens=False)
+      of_text = continuations.rolling_pairs(ids, self.prefix_token_id, self.max_length)
+      pieces += of_text
+      owners += [number] * len(of_text)
+    totals = [0.0] * len(requests)
+    found = self._score(pieces, progress=self._progress and not disable_tqdm)
+    for number, likelihood in zip(owners, found, strict=True):
+      totals[number] += likelihood.log_probability
+    for request, total in zip(requests, totals, strict=True):
+      self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+    return totals
+
+  def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    """Texts that continue contexts; see `stop_strings.continue_until`.
+
+    Raises:
+      ConfigError: a setting of generation that there is not here.
+    """
+    del disable_tqdm
+    groups: dict[str, list[int]] = {}
+    for number, request in enumerate(requests):
+      groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+    texts = [""] * len(requests)
+    for settings, numbers in groups.items():
+      prompts = [self._prompt(requests[number].args[0]) for number in numbers]
+      generated = self._generate(prompts, json.loads(settings))
+      for number, text in zip(numbers, generated, strict=True):
+        texts[number] = text
+        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+    return texts
+
+  def _prompt(self, context: str) -> list[int]:
+    return self.tok_encode(context) or [self.prefix_token_id]
+
+  def _generate(self, prompts: list[list[int]], given: dict) -> list[str]:
+    settings = generation_settings.parse(given)
+    return stop_strings.continue_until(
+      self._transformer,
+      self._params,
+      prompts,
+      tokenizer=self._tokens,
+      stops=settings.stops,
+      max_new_tokens=settings.max_new_tokens,
+      max_length=self.max_length,
+      stream=self._stream,
+      mesh=self._mesh,
+      draw=settings.draw,
+      seed=self.seed,
+      rows=self._rows,
+    )
+
+
+def of_subject(
+  subject: subjects.Subject,
+  *,
+  mode: method.Stream,
+  budget: int | None = None,
+  batch_size: int = 0,
+  **options,
+) -> Model:
+  """A checkpoint as the harness takes it.
+
+  Args:
+    subject: see `subject.load`; its rows are as long as the model reads at a time.
+    mode: `full` or `sparse`.
+    budget: keys that a query reads when sparse; None is that of training.
+    batch_size: rows at once; 0 is that of a training pass.
+    options: others of `Model`.
+  """
+  config, transformer = subject.config, subject.transformer
+  if budget is not None:
+    transformer = build.with_budget(transformer, budget)
+  return Model(
+    transformer,
+    subject.params,
+    subject.corpus.tokenizer,
+    stream=mode,
+    mesh=subject.mesh,
+    max_length=config.data.sequence_length,
+    chunk_length=config.loss.chunk_length,
+    rows=batch_size or config.data.batch_size // config.train.accumulate_steps,
+    **options,
+  )
+
+
+@functools.cache
+def _manager(folder: str | None, is_local: bool, metadata: str) -> harness_tasks.TaskManager:
+  # The index of the harness's own tasks takes seconds; who asks for local ones needs none.
+  return harness_tasks.TaskManager(
+    include_path=folder, include_defaults=not is_local, metadata=json.loads(metadata)
+  )
+
+
+def find_manager(
+  names: Sequence[str], folder: str | pathlib.Path | None, metadata: dict | None = None
+) -> harness_tasks.TaskManager:
+  """Returns what knows all of these tasks, groups and tags.
+
+  Args:
+    names: of tasks.
+    folder: of more tasks, YAML files in the harness's format.
+    metadata: that tasks read, as RULER's do.
+  """
+  where, text = None if folder is None else str(folder), json.dumps(metadata or {})
+  if where is not None:
+    local = _manager(where, True, text)
+    if set(names) <= set(local.all_tasks):
+      return local
+  return _manager(where, False, text)
+
+
+def load(manager: harness_tasks.TaskManager, names: Sequence[str]) -> list:
+  """Tasks and groups with their data, to be asked of any number of models.
+
+  Raises:
+    UserError: a task's library is not installed, or its data cannot be had.
+  """
+  found = []
+  for name in names:
+    try:
+      loaded = manager.load([name])
+    except ModuleNotFoundError as error:
+      raise errors.UserError(
+        f"task {name!r} of lm_eval needs {error.name}, which is not installed; see the extras "
+        "of lm_eval, as in pip install 'lm_eval[ruler,longbench]'."
+      ) from error
+    except (OSError, ValueError) as error:  # a hub out of reach, files that are not there
+      cause = " ".join(str(error).split())
+      raise errors.DataError(f"the data of task {name!r} cannot be loaded: {cause}") from error
+    groups = loaded.get("groups", {})
+    found += [groups[name]] if name in groups else loaded["tasks"].values()
+  return found
+
+
+def evaluate(
+  adapter: Model,
+  tasks: Sequence,
+  *,
+  num_fewshot: int | None,
+  limit: int | None,
+  seed: int | None,
+) -> dict:
+  """What `lm_eval.simple_evaluate` says of a model.
+
+  Args:
+    adapter: the model.
+    tasks: from `load`.
+    num_fewshot: examples before each question; None is what the task says.
+    limit: samples of each task; None takes all.
+    seed: of examples and draws; None is the harness's own.
+  """
+  seeds = {}
+  if seed is not None:
+    names = "random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"
+    seeds = dict.fromkeys(names, seed)
+  # Else the harness forks this process, whose threads would not survive that.
+  os.environ.setdefault("DISABLE_MULTIPROC", "1")
+  adapter.seed = seed or 0
+  return lm_eval.simple_evaluate(
+    model=adapter,
+    tasks=list(tasks),
+    num_fewshot=num_fewshot,
+    limit=limit,
+    log_samples=False,
+    bootstrap_iters=_BOOTSTRAP_DRAWS,
+    **seeds,
+  )

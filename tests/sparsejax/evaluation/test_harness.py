@@ -1,0 +1,263 @@
+"""Tasks of lm-evaluation-harness: what is asked how, what comes out, what is refused."""
+
+import json
+import statistics
+
+import pytest
+
+from configs import base
+from sparsejax import errors
+from sparsejax.data import tokenizers
+from sparsejax.evaluation import harness, harness_presets, table
+from sparsejax.evaluation import subject as subjects
+from tests import small
+from tests.sparsejax.evaluation import harness_files
+
+
+def need_harness():
+  return pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'sparsejax[eval]'")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("runs") / "tiny"
+  config = small.make_config(data__sources=("recall",), data__recall_pairs=2)
+  config.data.recall_queries = 2
+  config.attention.method = "ssa"
+  small.save_checkpoints(folder, config)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return harness_files.write(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+  """What the harness keeps of data goes where nothing else reads it."""
+  need_harness()
+  import datasets
+
+  patch = pytest.MonkeyPatch()
+  patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+  patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+  yield
+  patch.undo()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_real_tasks_are_asked_in_every_mode_and_budget(workdir, folder, offline):
+  """A choice among continuations, perplexity and generated answers; written like all tables."""
+  request = table.Request(
+    path=workdir,
+    tasks=("lm_eval",),
+    budgets=(8, 32),
+    lm_eval=harness.Options(
+      tasks=("tiny_choice", "tiny_text", "tiny_answer"), folder=folder, num_fewshot=1, limit=5
+    ),
+  )
+  text, out = table.run(request, base.get_config())
+  assert (out / "lm_eval.md").read_text() in text
+  content = json.loads((out / "lm_eval.json").read_text())
+  cells = [harness.Cell(**cell) for cell in content["cells"]]
+  assert {(cell.mode, cell.budget) for cell in cells} == {
+    ("full", None),
+    ("sparse", 8),
+    ("sparse", 32),
+  }
+  of_full = {(cell.task, cell.metric): cell for cell in cells if cell.mode == "full"}
+  assert set(of_full) == {
+    ("tiny_choice", "acc"),
+    ("tiny_choice", "acc_norm"),
+    ("tiny_text", "word_perplexity"),
+    ("tiny_text", "bits_per_byte"),
+    ("tiny_answer", "exact_match"),
+  }
+  choice = of_full["tiny_choice", "acc"]
+  assert choice.num_samples == 5
+  assert choice.num_fewshot == 1
+  assert 0 <= choice.value <= 1
+  assert choice.stderr is not None
+  assert choice.spread is None
+  assert choice.seeds == []  # as JSON has it
+  assert of_full["tiny_text", "word_perplexity"].num_samples == 4
+  # Texts of about 50 bytes: 8 keys are not all of them, and 320 ids are hardly known.
+  words = {cell.budget: cell.value for cell in cells if cell.metric == "word_perplexity"}
+  assert words[8] != words[None]
+  assert words[None] > 100
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_runs_with_several_seeds_are_made_one(workdir, folder, offline, monkeypatch):
+  part = harness_presets.Part(
+    tasks=("tiny_choice",), num_fewshot=2, seeds=(1, 12, 123), mean_of="acc_norm"
+  )
+  monkeypatch.setitem(harness_presets.PRESETS, "ssa", (part,))
+  subject = subjects.load(workdir, base.get_config())
+  options = harness.Options(tasks=("ssa", "tiny_text"), folder=folder)
+  cells = harness.run(subject, options, modes=("full",))
+  norm, mean = cells[1], cells[-1]
+  assert (norm.metric, norm.seeds, norm.num_fewshot) == ("acc_norm", (1, 12, 123), 2)
+  assert norm.spread is not None
+  assert (mean.task, mean.metric, mean.value) == ("ssa mean", "acc_norm", norm.value)
+  text = next(cell for cell in cells if cell.task == "tiny_text")
+  assert text.seeds == ()
+  assert text.spread is None
+
+
+def test_cells_are_means_and_spreads_over_runs():
+  def result(value):
+    return {
+      "results": {
+        "a": {"alias": "a", "acc,none": value, "acc_stderr,none": 0.1, "sample_len": 7},
+        "b": {"f1,strict": 2.0, "f1_stderr,strict": "N/A", "4096,none": -1, "8192,none": 0.5},
+      },
+      "groups": {"g": {"acc,none": 0.25, "acc_stderr,none": 0.2}},
+      "n-samples": {"a": dict(original=9, effective=7)},
+      "n-shot": {"a": 3},
+    }
+
+  one, f1, length, group = harness._cells([result(0.5), result(0.25)], "sparse", 64, (1, 2))
+  spread = statistics.stdev([0.5, 0.25])
+  assert one == harness.Cell("a", "acc", 0.375, 0.1, spread, "sparse", 64, 7, 3, (1, 2))
+  assert (f1.metric, f1.stderr, f1.num_samples) == ("f1,strict", None, None)
+  # RULER says -1 of lengths nobody asked for.
+  assert (length.metric, length.value) == ("8192", 0.5)
+  assert (group.task, group.value) == ("g", 0.25)
+  rows = harness.rows([one, f1])
+  assert rows[1] == ("a", "3", "sparse", "64", "acc", f"0.3750 ± {spread:.4f}", "7")
+  assert rows[2][-2:] == ("2.0000 ± 0.0000", "-")
+
+
+def test_presets_are_the_papers():
+  parts = dict.fromkeys((*p.tasks, p.num_fewshot) for _, p in harness_presets.expand(["ssa"]))
+  assert list(parts) == [
+    ("piqa", 3),
+    ("hellaswag", 10),
+    ("arc_easy", 25),
+    ("arc_challenge", 5),
+    ("wikitext", 0),
+  ]
+  seeds = {part.seeds for _, part in harness_presets.expand(["ssa"])}
+  assert seeds == {(1, 12, 123, 1234, 12345), ()}
+  ((_, long),) = harness_presets.expand(["longbench_en"])
+  assert len(set(long.tasks)) == 16
+
+
+@pytest.mark.parametrize("name", harness_presets.PRESETS)
+def test_the_harness_knows_what_presets_ask(name):
+  need_harness()
+  from sparsejax.evaluation import harness_model
+
+  tasks = [task for _, part in harness_presets.expand([name]) for task in part.tasks]
+  assert set(tasks) <= set(harness_model.find_manager(tasks, None).all_tasks)
+
+
+def test_names_that_are_no_presets_are_asked_as_they_are():
+  parts = harness_presets.expand(["mmlu", "niah_single_1", "ssa_needle", "piqa", "mmlu"])
+  assert [(preset, part.tasks) for preset, part in parts] == [
+    ("ssa_needle", ("niah_single_2",)),
+    (None, ("niah_single_1",)),
+    (None, ("mmlu", "piqa")),
+  ]
+  assert [part.is_synthetic for _, part in parts] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(), "name --lm_eval_tasks.*presets: ssa, ssa_needle, longbench_en, ruler"),
+    (dict(tasks=("piqa",), num_fewshot=-1), "--num_fewshot=-1 must be at least 0"),
+    (dict(tasks=("piqa",), limit=0), "--limit=0 must be at least 1"),
+    (dict(tasks=("piqa",), folder="no/where"), "--lm_eval_path=no/where is no folder"),
+  ],
+)
+def test_a_mistake_is_refused_before_anything_is_read(tmp_path, options, message):
+  request = table.Request(
+    path=tmp_path / "nowhere", tasks=("lm_eval",), lm_eval=harness.Options(**options)
+  )
+  with pytest.raises(errors.ConfigError, match=message):
+    table.run(request, base.get_config())
+
+
+def test_what_a_preset_needs_is_named(monkeypatch):
+  need_harness()
+  monkeypatch.setattr(
+    harness.importlib.util, "find_spec", lambda name: "found" if name == "lm_eval" else None
+  )
+  message = r"longbench_en of lm_eval needs jieba and .* pip install 'lm_eval\[longbench\]'"
+  with pytest.raises(errors.UserError, match=message):
+    harness.check(harness.Options(tasks=("longbench_en",)))
+
+
+def test_without_the_harness_its_installation_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(errors.UserError, match=r"lm_eval.* pip install 'sparsejax\[eval\]'"):
+    harness.check(harness.Options(tasks=("piqa",)))
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("tiny_chioce", "unknown task 'tiny_chioce' of lm_eval. Did you mean 'tiny_choice'"),
+    ("sssa", "unknown task 'sssa'.* Did you mean 'ssa'.*Presets: ssa, "),
+    ("qqqqqqqqqqqqqq", "unknown task 'qqqqqqqqqqqqqq' of lm_eval. Presets"),
+  ],
+)
+def test_an_unknown_task_is_refused(folder, name, message):
+  need_harness()
+  with pytest.raises(errors.ConfigError, match=message):
+    harness.check(harness.Options(tasks=("tiny_text", name), folder=folder))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_data_that_are_not_there_are_named(workdir, tmp_path, offline):
+  folder = harness_files.write(tmp_path / "tasks")
+  (folder / "text.json").unlink()
+  subject = subjects.load(workdir, base.get_config())
+  with pytest.raises(errors.DataError, match=r"data of task 'tiny_text' .*text\.json"):
+    harness.run(subject, harness.Options(tasks=("tiny_text",), folder=folder))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ruler_makes_its_texts_by_the_models_tokenizer(tmp_path, offline, monkeypatch):
+  """Its needle in repeated sentences, the one task of it that needs no data from elsewhere."""
+  transformers, _ = (
+    pytest.importorskip(name, reason="RULER needs 'lm_eval[ruler]' and transformers")
+    for name in ("transformers", "wonderwords")
+  )
+  import nltk
+
+  monkeypatch.setattr(nltk, "download", lambda name: None)
+  from sparsejax.evaluation import harness_model
+
+  tokenizer = tokenizers.train_bpe(["One of the special magic numbers for it is: 7."], 280)
+  measures = harness._measures(tokenizer, str(tmp_path), (1024, 2048), 2048)
+  manager = harness_model.find_manager(["niah_single_1"], None, measures)
+  (task,) = harness_model.load(manager, ["niah_single_1"])
+  samples = list(task.test_docs())
+  assert len(samples) == 1000
+  for length in (1024, 2048):
+    texts = [sample["input"] for sample in samples if sample["max_length"] == length]
+    sizes = [len(tokenizer.encode(text)) for text in texts]
+    # Room is left for the answer, and sentences come by the dozen.
+    assert 0.5 * length < max(sizes) <= length
+  read = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  text = samples[0]["input"]
+  assert read.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+
+
+def test_texts_made_to_measure_need_a_tokenizer_and_lengths(tmp_path):
+  measure, byte = harness._measures, tokenizers.ByteTokenizer()
+  with pytest.raises(errors.ConfigError, match=r"--lengths=512 exceeds rows of 256"):
+    measure(byte, str(tmp_path), (128, 512), 256)
+  with pytest.raises(errors.ConfigError, match=r"rows of 256 tokens are shorter than the 4096"):
+    measure(byte, str(tmp_path), (), 256)
+  with pytest.raises(errors.ConfigError, match=r"tokenizer 'byte' has not"):
+    measure(byte, str(tmp_path), (), 8192)
+  trained = tokenizers.train_bpe(["some text"], 260)
+  found = measure(trained, str(tmp_path), (), 8192)
+  assert found == dict(tokenizer=str(tmp_path), max_seq_lengths=[4096, 8192])
+  about = json.loads((tmp_path / "tokenizer_config.json").read_text())
+  assert about["eos_token"] == "<|end_of_text|>"
