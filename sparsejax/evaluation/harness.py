@@ -133,7 +133,8 @@ def run(
       if part.is_synthetic:
         metadata = _measures(subject.corpus.tokenizer, folder, lengths, length)
       manager = harness_model.find_manager(part.tasks, options.folder, metadata)
-      loaded.append((preset, part, harness_model.load(manager, part.tasks)))
+      tasks = harness_model.load(manager, part.tasks, max_length=length)
+      loaded.append((preset, part, tasks))
   cells = []
   for mode in modes:
     for budget in (budgets or [trained.budget]) if mode == "sparse" else [None]:

@@ -231,11 +231,12 @@ def find_manager(
   return _manager(where, False, text)
 
 
-def load(manager: harness_tasks.TaskManager, names: Sequence[str]) -> list:
-  """Tasks and groups with their data, to be asked of any number of models.
+def load(manager: harness_tasks.TaskManager, names: Sequence[str], *, max_length: int) -> list:
+  """Tasks and groups with their data, to be asked of models that read `max_length` tokens.
 
   Raises:
-    UserError: a task's library is not installed, or its data cannot be had.
+    UserError: a task's library is not installed, its data cannot be had, or it wants texts
+      generated as models cannot do here.
   """
   found = []
   for name in names:
@@ -249,6 +250,10 @@ def load(manager: harness_tasks.TaskManager, names: Sequence[str]) -> list:
     except (OSError, ValueError) as error:  # a hub out of reach, files that are not there
       cause = " ".join(str(error).split())
       raise errors.DataError(f"the data of task {name!r} cannot be loaded: {cause}") from error
+    for task in loaded["tasks"].values():
+      if task.get_config("output_type") == "generate_until":
+        settings = generation_settings.parse(task.get_config("generation_kwargs") or {})
+        stop_strings.room_for_prompts(settings.max_new_tokens, max_length)
     groups = loaded.get("groups", {})
     found += [groups[name]] if name in groups else loaded["tasks"].values()
   return found

@@ -44,13 +44,7 @@ def continue_until(
   Raises:
     ConfigError: `max_new_tokens` leaves no room for a prompt.
   """
-  room = max_length - max_new_tokens
-  if room < 1:
-    raise errors.ConfigError(
-      f"texts of up to {max_new_tokens} tokens leave no room for a prompt in rows of "
-      f"{max_length}; take longer rows with --sequence_length, or fewer tokens (max_gen_toks "
-      "in the task's generation_kwargs)."
-    )
+  room = room_for_prompts(max_new_tokens, max_length)
   stops = [stop for stop in stops if stop]
 
   def is_over(ids: Sequence[int]) -> bool:
@@ -72,6 +66,21 @@ def continue_until(
     rows=rows,
   )
   return [cut(tokenizer.decode(ids), stops) for ids in texts]
+
+
+def room_for_prompts(max_new_tokens: int, max_length: int) -> int:
+  """Tokens that a prompt may have before texts of `max_new_tokens`.
+
+  Raises:
+    ConfigError: none at all.
+  """
+  if max_new_tokens >= max_length:
+    raise errors.ConfigError(
+      f"texts of up to {max_new_tokens} tokens leave no room for a prompt in rows of "
+      f"{max_length}; take longer rows with --sequence_length, or fewer tokens (max_gen_toks "
+      "in the task's generation_kwargs)."
+    )
+  return max_length - max_new_tokens
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

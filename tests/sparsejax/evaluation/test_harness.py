@@ -221,6 +221,26 @@ def test_data_that_are_not_there_are_named(workdir, tmp_path, offline):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_texts_that_cannot_be_generated_are_refused_before_anything_is_scored(
+  workdir, tmp_path, offline, monkeypatch
+):
+  """Whatever stands before them."""
+  from sparsejax.evaluation import harness_model
+
+  monkeypatch.setattr(harness_model, "evaluate", None)
+  folder = harness_files.write(tmp_path / "tasks")
+  task, subject = folder / "tiny_answer.yaml", subjects.load(workdir, base.get_config())
+  options = harness.Options(tasks=("tiny_text", "tiny_answer"), folder=folder)
+  task.write_text(task.read_text().replace("max_gen_toks: 6", "max_gen_toks: 64"))
+  with pytest.raises(errors.ConfigError, match=r"64 tokens leave no room .* rows of 64"):
+    harness.run(subject, options)
+  task.write_text(task.read_text().replace("max_gen_toks: 64", "num_beams: 4"))
+  harness_model._manager.cache_clear()
+  with pytest.raises(errors.ConfigError, match=r"ask for num_beams=4"):
+    harness.run(subject, options)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_ruler_makes_its_texts_by_the_models_tokenizer(tmp_path, offline, monkeypatch):
   """Its needle in repeated sentences, the one task of it that needs no data from elsewhere."""
   transformers, _ = (
@@ -235,7 +255,7 @@ def test_ruler_makes_its_texts_by_the_models_tokenizer(tmp_path, offline, monkey
   tokenizer = tokenizers.train_bpe(["One of the special magic numbers for it is: 7."], 280)
   measures = harness._measures(tokenizer, str(tmp_path), (1024, 2048), 2048)
   manager = harness_model.find_manager(["niah_single_1"], None, measures)
-  (task,) = harness_model.load(manager, ["niah_single_1"])
+  (task,) = harness_model.load(manager, ["niah_single_1"], max_length=2048)
   samples = list(task.test_docs())
   assert len(samples) == 1000
   for length in (1024, 2048):

@@ -232,7 +232,7 @@ def test_a_task_gives_the_numbers_of_the_peer(both, tmp_path, monkeypatch):
   peer.add_bos_token = adapter._add_bos = False  # of rolling texts the peer scores a second one
   folder = harness_files.write(tmp_path / "tasks")
   manager = harness_model.find_manager(list(harness_files.TASKS), folder)
-  tasks = harness_model.load(manager, list(harness_files.TASKS))
+  tasks = harness_model.load(manager, list(harness_files.TASKS), max_length=LENGTH)
   ours, theirs = (
     harness_model.evaluate(model, tasks, num_fewshot=2, limit=None, seed=3)["results"]
     for model in (adapter, peer)
