@@ -2,7 +2,7 @@
 
   python -m sparsejax.decode_shapes --config=configs/nosa_8b.py \
     --methods=full,infllmv2,nosa --contexts=16384,65536 --kv_gib=4 --spare=16 \
-    --lists=nosa=runs/a/eval/200/lists.npy --out=results/decoding
+    --lists=nosa=runs/a/eval/200/lists --out=results/decoding
 
 Every method decodes as many rows as have caches of `--kv_gib` on the device, or `--rows`.
 Sparse methods have the rest of their pages in the host's memory. Random weights choose random
@@ -12,7 +12,6 @@ eval.py records it), while choosing is computed as well.
 
 import argparse
 import dataclasses
-import functools
 import gc
 import json
 import pathlib
@@ -76,6 +75,12 @@ def run(asked: argparse.Namespace, changes: list[str]) -> int:
   recordings = _recordings(asked.lists)
   if (asked.kv_gib is None) == (asked.rows is None):
     raise errors.ConfigError("give either --kv_gib or --rows: how many rows are decoded.")
+  for name, least in dict(rows=1, steps=1, spare=0, trace=0).items():
+    value = getattr(asked, name)
+    if value is not None and value < least:
+      raise errors.ConfigError(f"--{name}={value} must be at least {least}.")
+  if asked.kv_gib is not None and asked.kv_gib <= 0:
+    raise errors.ConfigError(f"--kv_gib={asked.kv_gib} must be above 0.")
   configs = {}
   for name in methods:
     more = [f"--config.attention.method={name}", f"--config.attention.kernels={asked.kernels}"]
@@ -125,6 +130,9 @@ def _measure(asked, transformer, params, mesh, context: int, recording):
   """One cell, and what it ran on."""
   stream, options = transformer.options.home_stream, transformer.options
   length = context + throughput.WARM_STEPS + asked.steps + asked.trace
+  lists_SLBKM = None
+  if recording is not None:
+    lists_SLBKM = _recording(recording, context, transformer, length)
   slots = None
   if stream == "sparse" and not asked.resident:
     slots = decode_timing.num_slots(transformer, length, asked.spare)
@@ -151,7 +159,7 @@ def _measure(asked, transformer, params, mesh, context: int, recording):
     num_steps=asked.steps,
     num_warm=throughput.WARM_STEPS,
     num_traced=asked.trace,
-    lists_SLBKM=None if recording is None else recording(context),
+    lists_SLBKM=lists_SLBKM,
   )
   return dataclasses.replace(cell, backends=tuple(map(str, choices))), choices
 
@@ -163,22 +171,34 @@ def _numbers(name: str, text: str) -> list[int]:
   return [int(part) for part in text.split(",")]
 
 
-def _recordings(text: str) -> dict:
-  """By method, what gives the recording for a context."""
+def _recordings(text: str) -> dict[str, pathlib.Path]:
+  """By method, where its recordings are."""
   found = {}
   for part in filter(None, text.split(",")):
     name, _, path = part.partition("=")
     if not pathlib.Path(path).is_dir():
       raise errors.DataError(f"--lists={part} names no directory with CONTEXT.npy in it.")
-    found[name] = functools.partial(_recording, pathlib.Path(path))
+    found[name] = pathlib.Path(path)
   return found
 
 
-def _recording(path: pathlib.Path, context: int) -> jax.Array:
+def _recording(
+  path: pathlib.Path, context: int, transformer: model.Transformer, length: int
+) -> jax.Array:
+  """What a model listed behind a context, [S, L, B, K, M] of any S, L and B."""
   file = path / f"{context}.npy"
   if not file.exists():
     raise errors.DataError(f"{file} is missing; record lists at a context of {context}.")
-  return jnp.asarray(np.load(file), jnp.int32)
+  lists = np.load(file)
+  *_, k, m = lists.shape
+  wanted_k = transformer.shape.num_key_value_heads
+  wanted_m = transformer.options.num_listed(length)
+  if (k, m) != (wanted_k, wanted_m):
+    raise errors.DataError(
+      f"{file} has lists of {m} blocks for {k} key heads; this shape has {wanted_m} and "
+      f"{wanted_k}. Record them with a model of as many."
+    )
+  return jnp.asarray(lists, jnp.int32)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -196,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
   add("--rows", type=int, help="how many, if not by --kv_gib")
   add("--spare", type=int, default=16, help="slots beyond what a token reads (16)")
   add("--resident", action="store_true", help="keep all pages on the device")
-  add("--lists", default="", help="METHOD=FILE,... of recordings to replay")
+  add("--lists", default="", help="METHOD=FOLDER,... of recordings to replay")
   add("--steps", type=int, default=128, help="that are timed (128)")
   add("--trace", type=int, default=0, help="steps after them, to see which kernels they run")
   add("--kernels", choices=("auto", "strict"), default="auto")

@@ -81,7 +81,7 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
   for it, and the tables as markdown.
   Each task leaves `TASK.json` (with config, commit, versions and device) and `TASK.md`;
   block_lists also `block_lists.npy`, int32 [layers, T, K, M], and locality for every context
-  `lists/CONTEXT.npy`, int16 [steps, layers, rows, K, M]; throughput also a picture, and needle
+  `lists/CONTEXT.npy`, int32 [steps, layers, rows, K, M]; throughput also a picture, and needle
   its maps in `needle`.
 
   Args:
@@ -100,6 +100,9 @@ def run(request: Request, template: ml_collections.ConfigDict) -> tuple[str, pat
   kernels = checks.CHOICES["attention.kernels"]
   if request.kernels not in (None, *kernels):
     raise errors.ConfigError(errors.one_of("--kernels", request.kernels, kernels))
+  short = [length for length in request.lengths if length < 1]
+  if short:
+    raise errors.ConfigError(f"--lengths={short[0]} must be at least 1.")
   if request.num_steps < 2:
     raise errors.ConfigError(f"--num_steps={request.num_steps} must be at least 2.")
   if "needle" in request.tasks:
@@ -157,7 +160,7 @@ def _locality(subject, request: Request, out):
       subject, context, num_rows=request.max_rows or 1, num_steps=request.num_steps
     )
     (out / "lists").mkdir(parents=True, exist_ok=True)
-    np.save(out / "lists" / f"{context}.npy", lists_SLBKM.astype(np.int16))
+    np.save(out / "lists" / f"{context}.npy", lists_SLBKM)
     cells += locality.run(subject, lists_SLBKM, context, request.spare or (0, 16, 32, 64))
   return cells, align(locality.rows(cells))
 

@@ -7,37 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from sparsejax import errors, sharding
+from sparsejax import errors
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import prefill
 from sparsejax.diagnostics import seen
 from sparsejax.evaluation import contexts, locality
-from sparsejax.evaluation import subject as subjects
-from tests import small
+from tests.sparsejax.evaluation import nosa as checkpoint
 
 CONTEXT, STEPS = 45, 6
 
 
 @pytest.fixture(scope="module")
 def nosa(tmp_path_factory):
-  """A checkpoint whose data are the built-in corpus, in rows of 64 tokens, on one device."""
   workdir = tmp_path_factory.mktemp("runs") / "nosa"
-  config = small.make_config(
-    attention__method="nosa",
-    attention__num_blocks=4,
-    nosa__num_query_aware=1,
-    data__sources=("recall",),
-    data__recall_pairs=2,
-    data__recall_queries=2,
-  )
-  small.save_checkpoints(workdir, config, steps=(1,))
-  subject = subjects.load(workdir, base.get_config())
-  first = np.array(jax.devices()[:1]).reshape(1, 1, 1)
-  mesh = jax.sharding.Mesh(first, sharding.AXES)
-  return dataclasses.replace(
-    subject, mesh=mesh, params=jax.device_put(subject.params, sharding.replicated(mesh))
-  )
+  checkpoint.save(workdir)
+  return checkpoint.load(workdir)
 
 
 def test_recorded_lists_are_those_of_decoding(nosa):

@@ -137,6 +137,8 @@ def test_a_place_without_checkpoint_is_refused(tmp_path):
       r"unknown task 'z'\. There are: perplexity, block_lists, .*throughput, needle, lm_eval\.",
     ),
     (dict(modes=("sparce",)), r"unknown mode 'sparce'\. Did you mean 'sparse'\?"),
+    (dict(lengths=(64, 0)), "--lengths=0 must be at least 1"),
+    (dict(num_steps=1), "--num_steps=1 must be at least 2"),
     (dict(kernels="strikt"), r"unknown --kernels 'strikt'\. Did you mean 'strict'\?"),
   ],
 )

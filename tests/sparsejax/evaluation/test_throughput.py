@@ -1,6 +1,5 @@
 """What is decoded, counted and written where decoding is timed; no test looks at times."""
 
-import dataclasses
 import json
 
 import jax
@@ -15,34 +14,15 @@ from sparsejax.decoding import generate, sampling
 from sparsejax.evaluation import contexts, decode_timing, kernel_times, table, throughput
 from sparsejax.evaluation import subject as subjects
 from tests import small
+from tests.sparsejax.evaluation import nosa
 
 CONTEXT, STEPS, WARM = 20, 8, 3
-
-
-def one_device():
-  types = (jax.sharding.AxisType.Auto,) * 3
-  return jax.make_mesh((1, 1, 1), sharding.AXES, types, devices=jax.devices()[:1])
-
-
-def on_one_device(workdir, *arguments, **options):
-  subject = subjects.load(workdir, base.get_config(), **options)
-  mesh = one_device()
-  params = jax.device_put(subject.params, sharding.replicated(mesh))
-  return dataclasses.replace(subject, mesh=mesh, params=params)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   found = tmp_path_factory.mktemp("runs") / "nosa"
-  config = small.make_config(
-    attention__method="nosa",
-    attention__num_blocks=4,
-    nosa__num_query_aware=1,
-    data__sources=("recall",),
-    data__recall_pairs=2,
-    data__recall_queries=2,
-  )
-  small.save_checkpoints(found, config, steps=(1,))
+  nosa.save(found)
   return found
 
 
@@ -53,7 +33,7 @@ def few_warm_steps(monkeypatch):
 
 def test_every_mode_budget_length_and_place_of_pages_has_a_cell(workdir):
   cells = throughput.run(
-    on_one_device(workdir),
+    nosa.load(workdir),
     modes=("full", "sparse"),
     budgets=(32, 40),
     lengths=(CONTEXT,),
@@ -79,10 +59,8 @@ def test_every_mode_budget_length_and_place_of_pages_has_a_cell(workdir):
     assert (cell.host_bytes > 0) == (cell.misses is not None) == (cell.num_slots is not None)
 
 
-def test_steps_continue_the_text(workdir):
-  """What is timed is decoding: the cache afterwards is that of greedy text."""
-  subject = on_one_device(workdir)
-  decoder = generate.Decoder(
+def make_decoder(subject, rows):
+  return generate.Decoder(
     subject.transformer,
     subject.params,
     stream="sparse",
@@ -90,9 +68,15 @@ def test_steps_continue_the_text(workdir):
     sampling=sampling.Sampling(temperature=0),
     seed=0,
     num_ids=None,
-    rows=2,
+    rows=rows,
     length=CONTEXT + WARM + STEPS,
   )
+
+
+def test_steps_continue_the_text(workdir):
+  """What is timed is decoding: the cache afterwards is that of greedy text."""
+  subject = nosa.load(workdir)
+  decoder = make_decoder(subject, rows=2)
   prompts = contexts.rows(subject, 2, CONTEXT)
   first = [decoder.begin(row, prompt.tolist(), row) for row, prompt in enumerate(prompts)]
   _, cache = decode_timing.measure(
@@ -117,17 +101,7 @@ def test_steps_continue_the_text(workdir):
   )
   whole = np.concatenate([prompts, texts], axis=1)
   for row, ids in enumerate(whole):
-    again = generate.Decoder(
-      subject.transformer,
-      subject.params,
-      stream="sparse",
-      mesh=subject.mesh,
-      sampling=sampling.Sampling(temperature=0),
-      seed=0,
-      num_ids=None,
-      rows=1,
-      length=CONTEXT + WARM + STEPS,
-    )
+    again = make_decoder(subject, rows=1)
     again.begin(0, ids.tolist(), 0)
     # By layer, row, key head and token, of which the last page has room for more.
     k = np.asarray(cache.arrays[0]["k"]).reshape(2, 2, 2, -1, 8)[:, row]
@@ -140,7 +114,7 @@ def recorded_cell(lists, num_steps):
   transformer = small.make_model(
     attention__method="nosa", attention__num_blocks=4, nosa__num_query_aware=1
   )
-  mesh = one_device()
+  mesh = nosa.one_device()
   length = 64
   room = caches.room(transformer, batch=2, length=length, num_slots=4)
   spec = caches.spec(transformer, "sparse", room)
@@ -207,10 +181,10 @@ def test_pages_of_the_host_are_refused_over_several_devices(workdir):
 
 
 def test_shapes_are_decoded_without_a_checkpoint(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(sharding, "make_mesh", lambda **_: one_device())
+  monkeypatch.setattr(sharding, "make_mesh", lambda **_: nosa.one_device())
   lists = tmp_path / "lists"
   lists.mkdir()
-  np.save(lists / "100.npy", np.tile(np.arange(4, dtype=np.int16), (1, 1, 1, 1, 1)) + 3)
+  np.save(lists / "100.npy", np.tile(np.arange(4, dtype=np.int32), (1, 1, 1, 2, 1)) + 3)
   given = ["--config=configs/smoke.py", "--contexts=100", "--rows=2", "--steps=2", "--spare=1"]
   more = ["--config.model.num_hidden_layers=2", f"--out={tmp_path}", "--trace=2"]
   status = decode_shapes.main([*given, "--methods=full,nosa", f"--lists=nosa={lists}", *more])
@@ -231,11 +205,25 @@ def test_shapes_are_decoded_without_a_checkpoint(tmp_path, capsys, monkeypatch):
     (["--rows=1", "--kv_gib=1"], "give either --kv_gib or --rows"),
     (["--rows=1", "--lists=nosa=/nowhere"], "--lists=nosa=/nowhere names no directory"),
     (["--rows=1", "--methods=nose"], "nose"),
+    (["--rows=0"], "--rows=0 must be at least 1"),
+    (["--rows=1", "--steps=0"], "--steps=0 must be at least 1"),
+    (["--rows=1", "--spare=-1"], "--spare=-1 must be at least 0"),
+    (["--kv_gib=0"], "--kv_gib=0.0 must be above 0"),
   ],
 )
 def test_shapes_that_make_no_sense_are_refused(arguments, message, capsys):
   assert decode_shapes.main(["--config=configs/smoke.py", *arguments]) == 2
   assert message in capsys.readouterr().err
+
+
+def test_recordings_of_other_shapes_are_refused(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(sharding, "make_mesh", lambda **_: nosa.one_device())
+  np.save(tmp_path / "100.npy", np.zeros((2, 1, 1, 2, 3), np.int32))
+  given = ["--config=configs/smoke.py", "--contexts=100", "--rows=2", "--methods=nosa"]
+  assert decode_shapes.main([*given, f"--lists=nosa={tmp_path}"]) == 2
+  assert (
+    "has lists of 3 blocks for 2 key heads; this shape has 4 and 2" in capsys.readouterr().err
+  )
 
 
 def test_kernels_are_added_up_by_name(tmp_path):
