@@ -207,13 +207,20 @@ def _finish(figure, path: pathlib.Path, shown, styles: dict[str, str]) -> None:
   plt.close(figure)
 
 
-def _pyplot():
+def why_none() -> str | None:
+  """Why nothing can be drawn; None if it can. For whoever has more to show than pictures."""
   try:
-    import matplotlib
+    import matplotlib  # noqa: F401
   except ImportError:
-    raise errors.UserError(
-      "pictures need the package matplotlib; install sparsejax[eval]."
-    ) from None
+    return "pictures need the package matplotlib; install sparsejax[eval]."
+  return None
+
+
+def _pyplot():
+  if (reason := why_none()) is not None:
+    raise errors.UserError(reason)
+  import matplotlib
+
   # Draws into files wherever it runs.
   matplotlib.use("Agg")
   from matplotlib import pyplot

@@ -177,8 +177,12 @@ def _throughput(subject, request: Request, out):
     num_steps=request.num_steps,
   )
   out.mkdir(parents=True, exist_ok=True)
+  text = align(decode_timing.rows(cells))
+  # What was measured is not lost for want of a picture.
+  if (reason := pictures.why_none()) is not None:
+    return cells, f"{text}\nno picture: {reason}\n"
   pictures.draw_throughput(cells, out / "throughput.png")
-  return cells, align(decode_timing.rows(cells))
+  return cells, text
 
 
 def _needle(subject, request: Request, out):

@@ -1,7 +1,6 @@
 """Cells of the needle task as a table, and as maps of depth by length."""
 
 from collections.abc import Sequence
-import importlib.util
 import pathlib
 
 import numpy as np
@@ -41,8 +40,8 @@ def draw(cells: Sequence[task.Cell], directory: pathlib.Path) -> str:
 
   Files are called `KIND_full.png` and `KIND_sparse_BUDGET.png`.
   """
-  if importlib.util.find_spec("matplotlib") is None:
-    return "no maps: they need the package matplotlib; install sparsejax[eval].\n"
+  if (reason := pictures.why_none()) is not None:
+    return f"no maps: {reason}\n"
   directory.mkdir(parents=True, exist_ok=True)
   for group in _groups(cells, "kind", "mode", "budget"):
     first = group[0]

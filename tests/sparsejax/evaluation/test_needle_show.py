@@ -1,6 +1,7 @@
 """How cells of the needle task are shown."""
 
 import re
+import sys
 
 import numpy as np
 
@@ -61,6 +62,6 @@ def test_a_map_has_depths_down_and_lengths_across(tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_there_are_no_maps_and_it_is_said(tmp_path, monkeypatch):
-  monkeypatch.setattr(show.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
   assert re.match(r"no maps: .* matplotlib; install", show.draw(CELLS, tmp_path / "needle"))
   assert not (tmp_path / "needle").exists()

@@ -1,6 +1,7 @@
 """What is decoded, counted and written where decoding is timed; no test looks at times."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,15 @@ def test_a_request_leaves_a_table_json_and_a_picture(workdir, tmp_path):
   (cell,) = json.loads((tmp_path / "throughput.json").read_text())["cells"]
   assert (cell["batch"], cell["num_steps"]) == (8, 2)
   assert (tmp_path / "throughput.png").stat().st_size > 1000
+
+
+def test_without_matplotlib_the_table_is_kept_and_it_is_said(workdir, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  monkeypatch.setattr(throughput, "run", lambda *_, **__: [])
+  request = table.Request(path=workdir, tasks=("throughput",), lengths=(CONTEXT,), out=tmp_path)
+  text, _ = table.run(request, base.get_config())
+  assert "no picture: pictures need the package matplotlib; install sparsejax[eval]." in text
+  assert json.loads((tmp_path / "throughput.json").read_text())["cells"] == []
 
 
 def test_pages_of_the_host_are_refused_over_several_devices(workdir):
