@@ -21,11 +21,14 @@ from pallas_kernels.fetch_pages.api import (
   write_pages,
 )
 from pallas_kernels.full_attention.api import choose_full_attention, full_attention
+from pallas_kernels.page_slots.api import choose_plan_slots, plan_slots, release_slots
+from pallas_kernels.page_slots.problem import Slots
 
 __all__ = [
   "CannotRunError",
   "Choice",
   "Pooling",
+  "Slots",
   "block_sparse_attention",
   "choose_block_selection",
   "choose_block_sparse_attention",
@@ -34,6 +37,7 @@ __all__ = [
   "choose_dual_path_attention",
   "choose_fetch_pages",
   "choose_full_attention",
+  "choose_plan_slots",
   "choose_write_pages",
   "chunk_attention",
   "decode_attention",
@@ -42,6 +46,8 @@ __all__ = [
   "full_attention",
   "mean_windows",
   "nsa_windows",
+  "plan_slots",
+  "release_slots",
   "select_blocks",
   "select_blocks_of_token",
   "write_pages",

@@ -18,7 +18,10 @@ _replace_p.multiple_results = True
 
 
 def replace(
-  kernel: Callable[..., Sequence[jax.Array]], targets: Sequence[jax.Array], *others: jax.Array
+  kernel: Callable[..., Sequence[jax.Array]],
+  targets: Sequence[jax.Array],
+  *others: jax.Array,
+  made: tuple[jax.ShapeDtypeStruct, ...] = (),
 ) -> tuple[jax.Array, ...]:
   """Returns what `kernel(targets, *others)` does, where the targets are.
 
@@ -30,21 +33,27 @@ def replace(
       their order. It has no other effect.
     targets: in any memory.
     others: in any memory.
+    made: what the kernel returns after them, in device memory.
   """
-  return tuple(_replace_p.bind(*targets, *others, kernel=kernel, num_targets=len(targets)))
+  made = tuple((x.shape, x.dtype.name) for x in made)
+  return tuple(
+    _replace_p.bind(*targets, *others, kernel=kernel, num_targets=len(targets), made=made)
+  )
 
 
-_jitted = jax.jit(_replace_p.bind, static_argnames=("kernel", "num_targets"))
+_jitted = jax.jit(_replace_p.bind, static_argnames=("kernel", "num_targets", "made"))
 _replace_p.def_impl(_jitted)
 
 
 @_replace_p.def_abstract_eval
-def _types(*avals, kernel, num_targets):
+def _types(*avals, kernel, num_targets, made):
   del kernel
-  return avals[:num_targets]
+  return *avals[:num_targets], *(jax.core.ShapedArray(shape, dtype) for shape, dtype in made)
 
 
-def _lower(ctx, *operands, kernel, num_targets):
+def _lower(ctx, *operands, kernel, num_targets, made):
+  del made
+
   def run(*arrays):
     return tuple(kernel(arrays[:num_targets], *arrays[num_targets:]))
 

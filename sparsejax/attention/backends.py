@@ -218,8 +218,17 @@ def choose_decoding(
     stores, slots = (tuple(of[name] for name in parts) for of in (specs, held))
     return choose(stores, slots, entries_R, entries_R, implementation=room.kernels)
 
+  def plan():
+    page_RC = jax.ShapeDtypeStruct((b * k, room.num_slots), jnp.int32)
+    count_R = jax.ShapeDtypeStruct((b * k,), jnp.int32)
+    slots = pallas_kernels.Slots(page_RC, page_RC, count_R, count_R)
+    return pallas_kernels.choose_plan_slots(
+      slots, jax.ShapeDtypeStruct((b * k, most), jnp.int32)
+    )
+
   asks = [attend]
   if room.num_slots is not None:
+    asks.append(plan)
     asks.append(lambda: move(pallas_kernels.choose_fetch_pages, most))
     asks.append(lambda: move(pallas_kernels.choose_write_pages, 1))
   return answers([("kernels", ask) for ask in asks])

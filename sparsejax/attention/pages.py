@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from sparsejax.attention import slots
 
 HOST = "pinned_host"
 
@@ -34,7 +33,7 @@ class Room:
     num_slots: pages of a row and key head on the device, where the rest is on the host; None
       where all are on the device.
     kernels: `auto`, or `strict` where attention and what moves pages must run on GPU kernels;
-      what chooses pages is XLA either way.
+      what chooses pages, and slots for them, is what can run either way.
   """
 
   batch: int
@@ -138,15 +137,12 @@ def attend(
   """
   room, x = place.room, place.room.page_size
   if room.num_slots is None:
-    held, per_row, number_BKM = arrays, room.num_pages, pages_BKM
-    own_BK1 = place.own_page
+    held = arrays
+    number_BKM = place.rows(pages_BKM, room.num_pages)
+    own_R = place.rows(place.own_page, room.num_pages).reshape(-1)
   else:
-    arrays, number_BKM = _fetch(arrays, place, list(token), pages_BKM)
+    arrays, number_BKM, own_R = _fetch(arrays, place, list(token), pages_BKM)
     held = {name: arrays[f"slots/{name}"] for name in token}
-    per_row = room.num_slots
-    is_own = pages_BKM == place.own_page
-    own_BK1 = jnp.where(is_own, number_BKM, -1).max(-1, keepdims=True)
-  own_R = place.rows(own_BK1, per_row).reshape(-1)
   offset_R = jnp.repeat(place.position_B % x, room.num_kv_heads)
   # Rows that are full have no page for the token.
   own_R = jnp.where(own_R < 0, held["k"].shape[0], own_R)
@@ -162,7 +158,7 @@ def attend(
     q_BHD,
     held["k"],
     held["v"],
-    place.rows(number_BKM, per_row),
+    number_BKM,
     begin_BKM=jnp.clip(begin_BKM, 0, x),
     end_BKM=jnp.clip(end_BKM, 0, x),
     key_bias_PX=held["bias"] if has_bias else None,
@@ -175,37 +171,49 @@ def attend(
 
 
 def _fetch(arrays: Arrays, place: Place, names: list[str], pages_BKM):
-  """Brings pages into slots; the arrays, and the slot of every page that is listed."""
+  """Brings pages into slots.
+
+  Returns the arrays, the slot of every page that is listed, and that of the token's own page.
+  """
   room = place.room
-  pages_BKM = jnp.where(pages_BKM < room.num_pages, pages_BKM, -1)
-
-  def of_layer(name):
-    return jax.lax.dynamic_index_in_dim(arrays[name], place.layer, keepdims=False)
-
-  before = slots.Slots(of_layer("slots/page"), of_layer("slots/used"))
-  plan = slots.plan(before, pages_BKM, place.step)
+  held, lists = _slots(arrays), pages_BKM.shape
   # A page that begins with the token at hand is nowhere yet.
   is_new_B = place.position_B % room.page_size == 0
-  is_new_BKM = is_new_B[:, None, None] & (plan.load_BKM == place.own_page)
-  load_BKM = jnp.where(is_new_BKM, -1, plan.load_BKM)
-  slot_BKM = jnp.where(load_BKM < 0, -1, plan.slot_BKM)
+  plan = pallas_kernels.plan_slots(
+    held,
+    pages_BKM.reshape(-1, lists[-1]),
+    place.own_page.reshape(-1),
+    jnp.repeat(is_new_B, room.num_kv_heads),
+    first_row=place.layer * room.batch * room.num_kv_heads,
+    step=place.step,
+    pages_per_row=room.num_pages,
+  )
   fetched = pallas_kernels.fetch_pages(
     tuple(arrays[name] for name in names),
     tuple(arrays[f"slots/{name}"] for name in names),
-    place.rows(load_BKM, room.num_pages).reshape(-1),
-    place.rows(slot_BKM, room.num_slots).reshape(-1),
+    plan.load_QM.reshape(-1),
+    plan.slot_QM.reshape(-1),
     implementation=room.kernels,
   )
-  after = {f"slots/{name}": held for name, held in zip(names, fetched, strict=True)}
-  of_plan = {
-    "slots/page": plan.slots.block_BKC,
-    "slots/used": plan.slots.used_BKC,
-    "slots/hits": of_layer("slots/hits") + plan.hits_BK,
-    "slots/misses": of_layer("slots/misses") + (load_BKM >= 0).sum(-1, dtype=jnp.int32),
-  }
-  for name, x in of_plan.items():
-    after[name] = jax.lax.dynamic_update_index_in_dim(arrays[name], x, place.layer, 0)
-  return arrays | after, plan.slot_BKM
+  after = {f"slots/{name}": slots for name, slots in zip(names, fetched, strict=True)}
+  return arrays | after | _named(plan.slots, arrays), plan.slot_QM.reshape(lists), plan.own_Q
+
+
+def _slots(arrays: Arrays) -> pallas_kernels.Slots:
+  """What is in the slots of all layers, rows and heads."""
+  page_LBKC = arrays["slots/page"]
+  return pallas_kernels.Slots(
+    page_RC=page_LBKC.reshape(-1, page_LBKC.shape[-1]),
+    used_RC=arrays["slots/used"].reshape(-1, page_LBKC.shape[-1]),
+    hits_R=arrays["slots/hits"].reshape(-1),
+    misses_R=arrays["slots/misses"].reshape(-1),
+  )
+
+
+def _named(slots: pallas_kernels.Slots, arrays: Arrays) -> Arrays:
+  """Slots under the names, and in the shapes, that they have among arrays."""
+  names = "slots/page", "slots/used", "slots/hits", "slots/misses"
+  return {name: x.reshape(arrays[name].shape) for name, x in zip(names, slots, strict=True)}
 
 
 def _write_back(arrays: Arrays, place: Place, names: list[str], own_R) -> Arrays:
@@ -227,9 +235,9 @@ def release(arrays: Arrays, rows_B: jax.Array) -> Arrays:
   """The same with nothing in the slots of some rows, where there are slots; bool [B]."""
   if "slots/page" not in arrays:
     return arrays
-  held = slots.Slots(arrays["slots/page"], arrays["slots/used"])
-  page_LBKC, used_LBKC = jax.vmap(slots.release, (0, None))(held, rows_B)
-  return arrays | {"slots/page": page_LBKC, "slots/used": used_LBKC}
+  num_layers, _, num_kv_heads, _ = arrays["slots/page"].shape
+  is_free_R = jnp.tile(jnp.repeat(rows_B, num_kv_heads), num_layers)
+  return arrays | _named(pallas_kernels.release_slots(_slots(arrays), is_free_R), arrays)
 
 
 def fill(x_LBTK: jax.Array, room: Room) -> jax.Array:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pallas_kernels
 from sparsejax import attention, errors, sharding
-from sparsejax.attention import slots
 from sparsejax.diagnostics import block_choice, seen
 from sparsejax.evaluation import contexts
 from sparsejax.evaluation import subject as subjects
@@ -132,16 +132,33 @@ def run(
 @jax.jit(static_argnums=1)
 def _count(lists_SRKM, num_slots: int):
   """Misses and hits of every step, [S, R, K]."""
-  shape = *lists_SRKM.shape[1:3], num_slots
-  empty = slots.Slots(jnp.full(shape, -1, jnp.int32), jnp.full(shape, -1, jnp.int32))
+  num_steps, *rows, m = lists_SRKM.shape
+  lists_SQM = lists_SRKM.reshape(num_steps, -1, m)
+  q = lists_SQM.shape[1]
+  free_QC, zero_Q = jnp.full((q, num_slots), -1, jnp.int32), jnp.zeros(q, jnp.int32)
 
   def step(held, given):
-    number, list_RKM = given
-    plan = slots.plan(held, list_RKM, number)
-    return plan.slots, (plan.misses_BK, plan.hits_BK)
+    number, list_QM = given
+    plan = pallas_kernels.plan_slots(
+      held,
+      list_QM,
+      # No page of these has only begun: all that are not in a slot are loaded.
+      own_Q=zero_Q,
+      is_new_Q=zero_Q > 0,
+      first_row=0,
+      step=number,
+      pages_per_row=2**30,
+      # No cache that decodes has as many rows.
+      implementation="xla",
+    )
+    now = plan.slots
+    counts = now.misses_R - held.misses_R, now.hits_R - held.hits_R
+    return now, counts
 
-  numbers_S = jnp.arange(len(lists_SRKM), dtype=jnp.int32)
-  return jax.lax.scan(step, empty, (numbers_S, lists_SRKM))[1]
+  held = pallas_kernels.Slots(free_QC, free_QC, zero_Q, zero_Q)
+  numbers_S = jnp.arange(num_steps, dtype=jnp.int32)
+  counts = jax.lax.scan(step, held, (numbers_S, lists_SQM))[1]
+  return tuple(x.reshape(num_steps, *rows) for x in counts)
 
 
 def _bound(subject: subjects.Subject) -> int | None:
