@@ -88,14 +88,22 @@ def ranked(scores_BKN: jax.Array, own_BO: jax.Array, first_BO: jax.Array, rules:
     first_BO: the first blocks that they may read.
     rules: of the call.
   """
-  n = scores_BKN.shape[-1]
-  block_N = jnp.arange(n)[None, None]
+  score = of_seen(scores_BKN, own_BO, first_BO, rules)
+  return known(*lax.top_k(score, min(rules.num_blocks, score.shape[-1])))
+
+
+def of_seen(scores_BKN: jax.Array, own_BO: jax.Array, first_BO: jax.Array, rules: Rules):
+  """Scores [B, O, K, N] of the blocks that may be chosen, -inf for others; see `ranked`."""
+  block_N = jnp.arange(scores_BKN.shape[-1])[None, None]
   # Nearer blocks are forced; their windows may reach beyond the queries.
   is_seen_BON = block_N <= own_BO[..., None] - rules.num_local
   is_seen_BON = is_seen_BON & (block_N >= first_BO[..., None])
-  score = jnp.where(is_seen_BON[:, :, None], scores_BKN[:, None], -jnp.inf)
-  best, blocks = lax.top_k(score, min(rules.num_blocks, n))
-  return jnp.where(jnp.isneginf(best), -1, blocks)
+  return jnp.where(is_seen_BON[:, :, None], scores_BKN[:, None], -jnp.inf)
+
+
+def known(scores: jax.Array, blocks: jax.Array) -> jax.Array:
+  """The blocks that have a score; -1 in place of others."""
+  return jnp.where(jnp.isneginf(scores), -1, blocks)
 
 
 def _candidates(problem: Problem, rules: Rules) -> tuple[jax.Array, jax.Array]:

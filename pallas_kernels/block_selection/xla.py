@@ -35,7 +35,8 @@ def choose(
       lse_BCKG1 = log_normalizer(q_BCHD, coarse.keys_BWKD, coarse_bounds, rules.scale)
     score_BCKN = scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks, lse_BCKG1)
     return [
-      best(score_BCKN, *span, slots.slots) for span, slots in zip(spans, whole, strict=True)
+      best(score_BCKN, plan.Span(*span, own.slots))
+      for span, own in zip(spans, whole, strict=True)
     ]
 
   whole = spans
@@ -109,22 +110,32 @@ def _logits(q_BCHD, keys_BWKD, bounds, scale):
   return jnp.where(is_seen_BCW[:, :, None, None], logits_BCKGW, -jnp.inf)
 
 
-def best(score_BCKN, begin_BC, end_BC, wanted_BC, slots, *, top_k=jax.lax.top_k):
-  """Numbers of the best blocks of a range, lower ones first among equals; then -1.
+def best(score_BCKN, span: plan.Span):
+  """Numbers of the best blocks of a range, lower ones first among equals; then -1."""
+  score_BCKN = within(score_BCKN, span)
+  return chosen(*jax.lax.top_k(score_BCKN, min(span.slots, score_BCKN.shape[-1])), span)
 
-  `top_k` is a function like the default.
+
+def within(score_BCKN, span: plan.Span):
+  """The scores of a range, and -inf elsewhere."""
+  number_11N = jnp.arange(score_BCKN.shape[-1])[None, None]
+  is_in_BCN = (number_11N >= span.begin[..., None]) & (number_11N < span.end[..., None])
+  return jnp.where(is_in_BCN[:, :, None], score_BCKN, -jnp.inf)
+
+
+def chosen(score_BCKX, blocks_BCKX, span: plan.Span):
+  """What of the best blocks of a range, best first, a list has; -1 behind them.
+
+  Args:
+    score_BCKX, blocks_BCKX: scores and numbers of as many blocks as the range has slots, or
+      of all there are.
+    span: the range.
   """
-  n = score_BCKN.shape[-1]
-  number_11N = jnp.arange(n)[None, None]
-  is_in_BCN = (number_11N >= begin_BC[..., None]) & (number_11N < end_BC[..., None])
-  score_BCKN = jnp.where(is_in_BCN[:, :, None], score_BCKN, -jnp.inf)
-  top_BCKX, blocks_BCKX = top_k(score_BCKN, min(slots, n))
-  is_wanted_BCX = jnp.arange(min(slots, n))[None, None] < wanted_BC[..., None]
-  is_chosen_BCKX = is_wanted_BCX[:, :, None] & ~jnp.isneginf(top_BCKX)
+  x = blocks_BCKX.shape[-1]
+  is_wanted_BCX = jnp.arange(x)[None, None] < span.wanted[..., None]
+  is_chosen_BCKX = is_wanted_BCX[:, :, None] & ~jnp.isneginf(score_BCKX)
   blocks_BCKX = jnp.where(is_chosen_BCKX, blocks_BCKX, -1).astype(jnp.int32)
-  return jnp.pad(
-    blocks_BCKX, [(0, 0), (0, 0), (0, 0), (0, max(0, slots - n))], constant_values=-1
-  )
+  return jnp.pad(blocks_BCKX, [(0, 0)] * 3 + [(0, span.slots - x)], constant_values=-1)
 
 
 def _to_stripes(x_BT, size):
