@@ -8,6 +8,7 @@ Letters: B batch, T tokens, E width, F MLP width, V vocabulary, L layers, D head
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -17,6 +18,7 @@ import numpy as np
 
 from sparsejax import sharding
 from sparsejax.attention import layer, method, rotary
+from sparsejax.attention import product as products
 from sparsejax.attention.past import Cache
 from sparsejax.attention.prompt import Prompt
 
@@ -265,7 +267,8 @@ def unembedding(params) -> jax.Array:
 def logits(params, hidden_BTE) -> jax.Array:
   """Logits [B, T, V], float32. Whole: for a loss, see `losses.next_token`."""
   table_VE = unembedding(params).astype(hidden_BTE.dtype)
-  return jnp.einsum("bte,ve->btv", hidden_BTE, table_VE, preferred_element_type=jnp.float32)
+  product = functools.partial(jnp.einsum, "bte,ve->btv", preferred_element_type=jnp.float32)
+  return products.of_rows(product, hidden_BTE, table_VE)
 
 
 def _norm(shape: Shape, name: str) -> nn.Module:

@@ -77,11 +77,5 @@ class Attention(nn.Module):
     """A sigmoid per token and query head, of the normed layer input (as SSA's `g_proj`)."""
     if not self.options.gate:
       return None
-    gate_BTH = nn.Dense(
-      self.num_heads,
-      use_bias=False,
-      dtype=self.dtype,
-      kernel_init=nn.with_logical_partitioning(self.kernel_init, ("embed", "heads")),
-      name="g_proj",
-    )(x_BTE)
-    return nn.sigmoid(gate_BTH)
+    shape = self.width, self.num_heads
+    return nn.sigmoid(self._product("g_proj", "bte,eh->bth", shape, ("embed", "heads"))(x_BTE))
