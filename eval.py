@@ -15,6 +15,7 @@ from absl import app, flags
 from configs import base
 from sparsejax import command_line, errors
 from sparsejax.evaluation import harness, table
+from sparsejax.evaluation import request as requests
 from sparsejax.evaluation.needles import haystacks
 from sparsejax.evaluation.needles import task as needles
 
@@ -85,7 +86,7 @@ def main(arguments: list[str]) -> int:
     )
   if WORKDIR.value is None:
     raise errors.ConfigError("name the --workdir that train.py wrote to.")
-  request = table.Request(
+  request = requests.Request(
     path=WORKDIR.value,
     step=STEP.value,
     tasks=tuple(TASKS.value),

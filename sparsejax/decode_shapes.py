@@ -25,7 +25,7 @@ from sparsejax import command_line, errors, model, parameters, sharding
 from sparsejax.attention import backends, past
 from sparsejax.configuration import build, checks, overrides, record
 from sparsejax.decoding import cache as caches
-from sparsejax.evaluation import decode_timing, table, throughput
+from sparsejax.evaluation import decode_timing, markdown, throughput
 
 
 def random_params(transformer: model.Transformer, mesh: jax.sharding.Mesh, seed: int) -> dict:
@@ -98,12 +98,12 @@ def run(asked: argparse.Namespace, changes: list[str]) -> int:
         if str(choice) not in seen:
           seen[str(choice)] = choice
           _say(f"backend of {choice}")
-      _say(table.align(decode_timing.rows([cell])).splitlines()[-1])
+      _say(markdown.align(decode_timing.rows([cell])).splitlines()[-1])
       for kernel in cell.kernels[:30]:
         _say(f"  {kernel.microseconds:9.1f} us {kernel.calls:6.1f} x {kernel.name[:90]}")
     del params
     gc.collect()
-  text = table.align(decode_timing.rows(cells))
+  text = markdown.align(decode_timing.rows(cells))
   _say(f"\n{text}")
   if asked.out:
     out = pathlib.Path(asked.out)

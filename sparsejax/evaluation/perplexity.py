@@ -7,6 +7,7 @@ import math
 from sparsejax import errors, scoring
 from sparsejax.configuration import build
 from sparsejax.data import statistics
+from sparsejax.evaluation import markdown
 from sparsejax.evaluation import subject as subjects
 
 MODES = ("full", "sparse")
@@ -155,3 +156,28 @@ def _cell(
 
 def _baseline(source: str, loss: float) -> Cell:
   return Cell(source, "unigram", None, loss, None, math.exp(loss), None, None, None, None)
+
+
+def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
+  """Rows of a table, the header first."""
+  header = (
+    *("data", "inference", "budget", "perplexity", "bits/byte", "loss", "above full"),
+    *("accuracy", "tokens"),
+  )
+  return [
+    header,
+    *(
+      (
+        cell.source,
+        cell.mode,
+        markdown.number(cell.budget, "d"),
+        markdown.with_error(cell.perplexity, cell.perplexity_se, 3),
+        markdown.number(cell.bits_per_byte, ".4f"),
+        markdown.with_error(cell.loss, cell.loss_se, 4),
+        "-" if cell.gap is None else markdown.with_error(cell.gap, cell.gap_se, 4),
+        markdown.number(cell.accuracy, ".1%"),
+        markdown.number(cell.num_tokens, ",d"),
+      )
+      for cell in cells
+    ),
+  ]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sparsejax import errors
-from sparsejax.evaluation import diagnostics, perplexity, pictures, table
+from sparsejax.evaluation import diagnostics, markdown, perplexity, pictures
 
 # Diagnostics in the order of rows and panels, whatever the stream; others come after these.
 _ORDER = (
@@ -159,7 +159,7 @@ def write(runs: Sequence[Run], out: str | pathlib.Path) -> str:
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   (out / "summary.json").write_text(json.dumps([r.summary() for r in runs], indent=1) + "\n")
-  text = markdown(runs)
+  text = table(runs)
   (out / "table.md").write_text(text)
   pictures.draw_curves(runs, out / "curves.png")
   if any(run.cells for run in runs):
@@ -169,7 +169,7 @@ def write(runs: Sequence[Run], out: str | pathlib.Path) -> str:
   return text
 
 
-def markdown(runs: Sequence[Run]) -> str:
+def table(runs: Sequence[Run]) -> str:
   """Speed of every run, then perplexity of every run, then diagnostics side by side."""
   header = ("run", "method", "steps", "tokens", "minutes", "tokens/s", "device", "commit")
   rows = []
@@ -187,10 +187,12 @@ def markdown(runs: Sequence[Run]) -> str:
         run.environment["commit"],
       )
     )
-  parts = [table.align([header, *rows])]
-  parts += [f"{run.name}\n\n{table.markdown(run.cells)}" for run in runs if run.cells]
+  parts = [markdown.align([header, *rows])]
+  parts += [
+    f"{run.name}\n\n{markdown.align(perplexity.rows(run.cells))}" for run in runs if run.cells
+  ]
   if any(run.diagnostics for run in runs):
-    parts.append(f"diagnostics, means over layers\n\n{table.align(_side_by_side(runs))}")
+    parts.append(f"diagnostics, means over layers\n\n{markdown.align(_side_by_side(runs))}")
   return "\n".join(parts)
 
 

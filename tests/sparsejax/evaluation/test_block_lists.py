@@ -8,6 +8,7 @@ import pytest
 from configs import base
 from sparsejax import errors
 from sparsejax.evaluation import block_lists, table
+from sparsejax.evaluation import request as requests
 from tests import small
 
 
@@ -32,7 +33,7 @@ def make_workdir(path, method, **changes):
 @pytest.mark.parametrize("method", ["ssa", "nsa"])
 def test_the_task_saves_the_lists_of_every_layer(tmp_path, method):
   workdir, config = make_workdir(tmp_path, method)
-  request = table.Request(path=workdir, tasks=("block_lists",))
+  request = requests.Request(path=workdir, tasks=("block_lists",))
   text, out = table.run(request, base.get_config())
   blocks = np.load(out / "block_lists.npy")
   length, block_size = config.data.sequence_length, config.attention.block_size
@@ -50,7 +51,7 @@ def test_the_task_saves_the_lists_of_every_layer(tmp_path, method):
 
 def test_a_method_without_lists_is_refused(tmp_path):
   workdir, _ = make_workdir(tmp_path, "sliding_window")
-  request = table.Request(path=workdir, tasks=("block_lists",))
+  request = requests.Request(path=workdir, tasks=("block_lists",))
   with pytest.raises(
     errors.ConfigError, match=r"attention.method='sliding_window' chooses no blocks"
   ):
@@ -59,6 +60,6 @@ def test_a_method_without_lists_is_refused(tmp_path):
 
 def test_rows_that_are_read_whole_have_no_lists(tmp_path):
   workdir, _ = make_workdir(tmp_path, "infllmv2", infllmv2__dense_length=65)
-  request = table.Request(path=workdir, tasks=("block_lists",))
+  request = requests.Request(path=workdir, tasks=("block_lists",))
   with pytest.raises(errors.ConfigError, match=r"rows of 64 tokens are below .*length=65 and"):
     table.run(request, base.get_config())

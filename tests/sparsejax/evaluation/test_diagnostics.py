@@ -6,6 +6,7 @@ import pytest
 
 from configs import base
 from sparsejax import errors
+from sparsejax.evaluation import request as requests
 from sparsejax.evaluation import table
 from tests import small
 
@@ -14,7 +15,7 @@ def test_the_task_tells_every_layer(tmp_path):
   config = small.make_config(data__sources=("recall",), attention__method="ssa")
   config.data.update(recall_pairs=2, recall_queries=2)
   small.save_checkpoints(tmp_path / "run", config)
-  request = table.Request(path=tmp_path / "run", tasks=("diagnostics",))
+  request = requests.Request(path=tmp_path / "run", tasks=("diagnostics",))
   text, out = table.run(request, base.get_config())
   cells = json.loads((out / "diagnostics.json").read_text())["cells"]
   found = {cell["name"]: cell for cell in cells}
@@ -39,6 +40,6 @@ def test_without_rows_to_look_at_it_is_refused(tmp_path, monkeypatch):
     return subject
 
   monkeypatch.setattr(table.subjects, "load", without_validation)
-  request = table.Request(path=tmp_path / "run", tasks=("diagnostics",))
+  request = requests.Request(path=tmp_path / "run", tasks=("diagnostics",))
   with pytest.raises(errors.DataError, match="none of the data has a validation split"):
     table.run(request, base.get_config())

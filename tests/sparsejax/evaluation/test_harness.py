@@ -9,6 +9,7 @@ from configs import base
 from sparsejax import errors
 from sparsejax.data import tokenizers
 from sparsejax.evaluation import harness, harness_presets, table
+from sparsejax.evaluation import request as requests
 from sparsejax.evaluation import subject as subjects
 from tests import small
 from tests.sparsejax.evaluation import harness_files
@@ -49,7 +50,7 @@ def offline(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore")
 def test_real_tasks_are_asked_in_every_mode_and_budget(workdir, folder, offline):
   """A choice among continuations, perplexity and generated answers; written like all tables."""
-  request = table.Request(
+  request = requests.Request(
     path=workdir,
     tasks=("lm_eval",),
     budgets=(8, 32),
@@ -174,7 +175,7 @@ def test_names_that_are_no_presets_are_asked_as_they_are():
   ],
 )
 def test_a_mistake_is_refused_before_anything_is_read(tmp_path, options, message):
-  request = table.Request(
+  request = requests.Request(
     path=tmp_path / "nowhere", tasks=("lm_eval",), lm_eval=harness.Options(**options)
   )
   with pytest.raises(errors.ConfigError, match=message):

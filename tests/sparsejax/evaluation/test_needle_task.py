@@ -12,6 +12,7 @@ import pytest
 from configs import base
 from sparsejax import errors, model, sharding
 from sparsejax.data import tokenizers
+from sparsejax.evaluation import request as requests
 from sparsejax.evaluation import subject as subjects
 from sparsejax.evaluation import table
 from sparsejax.evaluation.needles import answers, haystacks, questions, task
@@ -194,7 +195,7 @@ def test_forced_scores_are_of_the_continuation_alone(subject):
 @pytest.fixture(scope="module")
 def written(workdir):
   """The whole task on the model, in both modes."""
-  request = table.Request(
+  request = requests.Request(
     path=workdir,
     tasks=("needle",),
     budgets=(16,),
@@ -256,7 +257,7 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
 
 
 def test_short_questions_are_refused_before_anything_is_read(tmp_path):
-  request = table.Request(path=tmp_path / "nowhere", tasks=("needle",), lengths=(256, 255))
+  request = requests.Request(path=tmp_path / "nowhere", tasks=("needle",), lengths=(256, 255))
   with pytest.raises(errors.ConfigError, match=r"--lengths=255 is too short.*at least 256"):
     table.run(request, base.get_config())
 

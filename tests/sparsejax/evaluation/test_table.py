@@ -13,7 +13,8 @@ from configs import base
 import pallas_kernels
 from sparsejax import checkpoint, errors
 from sparsejax.configuration import overrides, record
-from sparsejax.evaluation import perplexity, table
+from sparsejax.evaluation import markdown, perplexity, table, tasks
+from sparsejax.evaluation import request as requests
 from sparsejax.evaluation import subject as subjects
 from tests import small
 
@@ -125,7 +126,7 @@ def test_data_that_are_not_the_checkpoints_own_are_refused(
 
 def test_a_place_without_checkpoint_is_refused(tmp_path):
   with pytest.raises(errors.CheckpointError, match=r"checkpoint"):
-    table.run(table.Request(path=tmp_path), base.get_config())
+    table.run(requests.Request(path=tmp_path), base.get_config())
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_a_place_without_checkpoint_is_refused(tmp_path):
 )
 def test_an_unknown_question_is_refused_before_anything_is_read(tmp_path, changes, message):
   with pytest.raises(errors.ConfigError, match=message):
-    table.run(table.Request(path=tmp_path / "nowhere", **changes), base.get_config())
+    table.run(requests.Request(path=tmp_path / "nowhere", **changes), base.get_config())
 
 
 @pytest.fixture
@@ -156,21 +157,21 @@ def asked(monkeypatch):
     calls.append(options)
     return CELLS
 
-  monkeypatch.setattr(table.perplexity, "run", task)
+  monkeypatch.setattr(tasks.perplexity, "run", task)
   return calls
 
 
 def test_the_answer_is_written_with_all_that_it_depends_on(saved, asked):
   workdir, _ = saved
-  request = table.Request(
+  request = requests.Request(
     path=workdir, modes=("sparse",), budgets=(8, 16), max_rows=7, batch_size=3
   )
   text, out = table.run(request, base.get_config())
   assert asked == [dict(modes=("sparse",), budgets=(8, 16), max_rows=7, batch_size=3)]
   assert out == workdir / "eval" / "5"
-  assert (out / "perplexity.md").read_text() == table.markdown(CELLS)
+  assert (out / "perplexity.md").read_text() == markdown.align(perplexity.rows(CELLS))
   *backends, printed = text.split("\n", maxsplit=4)
-  assert printed == table.markdown(CELLS)
+  assert printed == markdown.align(perplexity.rows(CELLS))
   assert [line.partition(" (")[0] for line in backends] == [
     "backend of full_attention: xla",
     "backend of block_selection: xla",
@@ -204,7 +205,7 @@ def test_what_runs_is_said_of_every_budget(saved, asked, monkeypatch):
 
   monkeypatch.setattr(subjects.build, "choose_backends", choose)
   run = functools.partial(table.run, template=base.get_config())
-  text, out = run(table.Request(path=saved[0], budgets=(8, 16, 32)))
+  text, out = run(requests.Request(path=saved[0], budgets=(8, 16, 32)))
   assert text.startswith(
     "backend of selection: fast (why)\nbackend of attention: fast (why)\n"
     "backend of selection: xla (why)\n|"
@@ -212,18 +213,22 @@ def test_what_runs_is_said_of_every_budget(saved, asked, monkeypatch):
   content = json.loads((out / "perplexity.json").read_text())
   assert content["backends"] == dict(selection="fast, xla", attention="fast")
   # That of training: three blocks.
-  assert run(table.Request(path=saved[0]))[0].startswith("backend of selection: xla (why)\nba")
+  assert run(requests.Request(path=saved[0]))[0].startswith(
+    "backend of selection: xla (why)\nba"
+  )
 
 
 def test_the_answer_can_go_elsewhere(saved, asked, tmp_path):
   workdir, _ = saved
-  _, out = table.run(table.Request(path=workdir, out=tmp_path / "x" / "y"), base.get_config())
+  _, out = table.run(
+    requests.Request(path=workdir, out=tmp_path / "x" / "y"), base.get_config()
+  )
   assert out == tmp_path / "x" / "y"
   assert (out / "perplexity.json").is_file()
 
 
 def test_the_table_reads_well_in_a_terminal():
-  assert table.markdown(CELLS) == (
+  assert markdown.align(perplexity.rows(CELLS)) == (
     "| data | inference | budget | perplexity    | bits/byte | loss            "
     "| above full      | accuracy | tokens |\n"
     "|------|-----------|--------|---------------|-----------|-----------------"

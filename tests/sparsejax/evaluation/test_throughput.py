@@ -13,6 +13,7 @@ from sparsejax import decode_shapes, errors, sharding
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import generate, sampling
 from sparsejax.evaluation import contexts, decode_timing, kernel_times, table, throughput
+from sparsejax.evaluation import request as requests
 from sparsejax.evaluation import subject as subjects
 from tests import small
 from tests.sparsejax.evaluation import nosa
@@ -159,7 +160,7 @@ def test_rows_are_as_many_as_fit():
 
 
 def test_a_request_leaves_a_table_json_and_a_picture(workdir, tmp_path):
-  request = table.Request(
+  request = requests.Request(
     path=workdir,
     tasks=("throughput",),
     modes=("sparse",),
@@ -178,7 +179,9 @@ def test_a_request_leaves_a_table_json_and_a_picture(workdir, tmp_path):
 def test_without_matplotlib_the_table_is_kept_and_it_is_said(workdir, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "matplotlib", None)
   monkeypatch.setattr(throughput, "run", lambda *_, **__: [])
-  request = table.Request(path=workdir, tasks=("throughput",), lengths=(CONTEXT,), out=tmp_path)
+  request = requests.Request(
+    path=workdir, tasks=("throughput",), lengths=(CONTEXT,), out=tmp_path
+  )
   text, _ = table.run(request, base.get_config())
   assert "no picture: pictures need the package matplotlib; install sparsejax[eval]." in text
   assert json.loads((tmp_path / "throughput.json").read_text())["cells"] == []

@@ -1,0 +1,52 @@
+"""What is asked of a checkpoint."""
+
+import dataclasses
+import pathlib
+
+from sparsejax.evaluation import harness, perplexity
+from sparsejax.evaluation.needles import task as needles
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to evaluate, and how.
+
+  Attributes:
+    path: a workdir or a checkpoint.
+    step: of a workdir; None is the newest.
+    tasks: names of `tasks.TASKS`.
+    modes: of inference.
+    budgets: keys a query reads under sparse inference; () is that of training.
+    sources: data instead of the checkpoint's own.
+    sequence_length: tokens per row; None is that of training.
+    max_rows: rows of each source; 0 takes all.
+    batch_size: rows at once; 0 is that of training.
+    kernels: `auto` or `strict`; None is as trained.
+    lengths: contexts, in tokens, after which is decoded; () is half of `sequence_length`. Of
+      questions about needles, their lengths; () is `sequence_length`.
+    num_steps: that are decoded after a context.
+    spare: slots for blocks beyond those of a list; () is 0, 16, 32 and 64 for locality, and
+      all pages on the device for throughput.
+    kv_gib: sizes of caches on the device, of which throughput takes its rows.
+    about_needles: what is asked about needles.
+    lm_eval: what the task of that name asks.
+    out: directory for the results; None is `eval/STEP` in the workdir.
+  """
+
+  path: str | pathlib.Path
+  step: int | None = None
+  tasks: tuple[str, ...] = ("perplexity",)
+  modes: tuple[str, ...] = perplexity.MODES
+  budgets: tuple[int, ...] = ()
+  sources: tuple[str, ...] = ()
+  sequence_length: int | None = None
+  max_rows: int = 0
+  batch_size: int = 0
+  kernels: str | None = None
+  lengths: tuple[int, ...] = ()
+  num_steps: int = 128
+  spare: tuple[int, ...] = ()
+  kv_gib: tuple[float, ...] = ()
+  about_needles: needles.Settings = dataclasses.field(default_factory=needles.Settings)
+  lm_eval: harness.Options = dataclasses.field(default_factory=harness.Options)
+  out: str | pathlib.Path | None = None
