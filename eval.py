@@ -14,12 +14,14 @@ from absl import app, flags
 
 from configs import base
 from sparsejax import command_line, errors
-from sparsejax.evaluation import harness, table
+from sparsejax.evaluation import extrapolation, harness, table
 from sparsejax.evaluation import request as requests
 from sparsejax.evaluation.needles import haystacks
 from sparsejax.evaluation.needles import task as needles
 
-WORKDIR = flags.DEFINE_string("workdir", None, "What train.py wrote, or one checkpoint of it.")
+WORKDIR = flags.DEFINE_list(
+  "workdir", [], "What train.py wrote, or one checkpoint of it; or several of these."
+)
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
 TASKS = flags.DEFINE_list(
   "tasks",
@@ -77,6 +79,15 @@ SHOTS = flags.DEFINE_integer(
 )
 LIMIT = flags.DEFINE_integer("limit", None, "Samples of each task of lm_eval; all if none.")
 OUT = flags.DEFINE_string("out", None, "Where results go; WORKDIR/eval/STEP if not given.")
+COMPARE = flags.DEFINE_string(
+  "compare", None, "Workdir or checkpoint to compare the others with, on the same samples."
+)
+ROPE = flags.DEFINE_list(
+  "rope_scaling",
+  [],
+  "In place of a checkpoint's: default, or llama3,factor=4 and more of model.rope_scaling.",
+)
+FRESH = flags.DEFINE_bool("fresh", False, "Measure again what was measured before.")
 
 
 def main(arguments: list[str]) -> int:
@@ -84,10 +95,10 @@ def main(arguments: list[str]) -> int:
     raise errors.ConfigError(
       f"{arguments[1]} sets a config; a checkpoint is evaluated with its own."
     )
-  if WORKDIR.value is None:
+  if not WORKDIR.value:
     raise errors.ConfigError("name the --workdir that train.py wrote to.")
   request = requests.Request(
-    path=WORKDIR.value,
+    path=tuple(WORKDIR.value),
     step=STEP.value,
     tasks=tuple(TASKS.value),
     modes=tuple(MODES.value),
@@ -115,8 +126,15 @@ def main(arguments: list[str]) -> int:
       limit=LIMIT.value,
     ),
     out=OUT.value,
+    compare=COMPARE.value,
+    rope_scaling=extrapolation.parse(ROPE.value),
+    fresh=FRESH.value,
   )
-  text, out = table.run(request, base.get_config())
+  try:
+    text, out = table.run(request, base.get_config())
+  except KeyboardInterrupt:
+    sys.stderr.write("interrupted; the same command goes on from the cells there are.\n")
+    return 130
   print(f"{text}\nsaved in {out}")
   return 0
 

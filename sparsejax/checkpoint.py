@@ -9,6 +9,7 @@ are computed on the devices when saving and compared after loading.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import shutil
@@ -354,6 +355,16 @@ def load_params(path: pathlib.Path, abstract_params) -> dict:
   except Exception as error:  # unreadable in one of many ways
     raise errors.CheckpointError(f"{path} is damaged: {_cause(error)}") from error
   return params
+
+
+def fingerprint(path: pathlib.Path) -> str:
+  """A short hash of a checkpoint's parameters, from its record: no array is read.
+
+  Raises:
+    CheckpointError: the record is damaged.
+  """
+  sums = {k: v for k, v in _record_sums(path).items() if k.startswith("params/")}
+  return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def checksums(tree) -> dict[str, int]:

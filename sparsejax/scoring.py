@@ -120,7 +120,7 @@ def summarize(scores: RowScores) -> Summary:
   nll, num_tokens = scores.nll.astype(np.float64), scores.num_tokens.astype(np.float64)
   total = num_tokens.sum()
   loss = nll.sum() / total
-  loss_se = _standard_error(nll, num_tokens)
+  loss_se = ratio_error(nll, num_tokens)
   perplexity = math.exp(loss)
   num_bytes = scores.num_bytes.sum()
   return Summary(
@@ -147,11 +147,11 @@ def compare(scores: RowScores, others: RowScores) -> tuple[float, float]:
     raise ValueError("scores are of different rows")
   num_tokens = scores.num_tokens.astype(np.float64)
   more = scores.nll.astype(np.float64) - others.nll.astype(np.float64)
-  return more.sum() / num_tokens.sum(), _standard_error(more, num_tokens)
+  return more.sum() / num_tokens.sum(), ratio_error(more, num_tokens)
 
 
-def _standard_error(sums, num_tokens) -> float:
-  """Of a mean per token, from the spread of rows' sums; NaN for a single row."""
+def ratio_error(sums: np.ndarray, num_tokens: np.ndarray) -> float:
+  """Standard error of a mean per token, from the spread of rows' sums; NaN for a single row."""
   rows, total = len(sums), num_tokens.sum()
   if rows < 2:
     return math.nan

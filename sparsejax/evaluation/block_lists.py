@@ -36,22 +36,18 @@ class Cell:
   num_blocks: int
 
 
-def choose(subject: subjects.Subject) -> np.ndarray:
-  """The lists of the first validation row, int32 [layers, T, K, M], -1 for empty slots.
-
-  Layers that choose no blocks, in a model where others do, have empty lists.
+def check(subject: subjects.Subject) -> None:
+  """Refuses what has no lists, as far as that shows before the model runs.
 
   Raises:
-    ConfigError: the model's method chooses no blocks, or rows are too short for it to.
+    ConfigError: rows are too short for the method to choose blocks.
     DataError: no source has a validation split.
   """
-  sources = [source for source in subject.corpus.sources if source.validation]
-  if not sources:
+  if not any(source.validation for source in subject.corpus.sources):
     raise errors.DataError(
       "none of the data has a validation split; prepare it with --validation_fraction above 0."
     )
-  row = sources[0].validation[0]
-  options, length = subject.transformer.options, len(row.inputs)
+  options, length = subject.transformer.options, subject.config.data.sequence_length
   sparse = [attention.METHODS[name] for name in attention.sparse_names(options)]
   if sparse and all(method.is_dense(options, length) for method in sparse):
     threshold = options.infllmv2.dense_length
@@ -59,6 +55,20 @@ def choose(subject: subjects.Subject) -> np.ndarray:
       f"rows of {length} tokens are below infllmv2.dense_length={threshold} and read whole, so "
       "that there are no lists; take longer ones with --sequence_length."
     )
+
+
+def choose(subject: subjects.Subject) -> np.ndarray:
+  """The lists of the first validation row, int32 [layers, T, K, M], -1 for empty slots.
+
+  Layers that choose no blocks, in a model where others do, have empty lists.
+
+  Raises:
+    ConfigError: the model's method chooses no blocks; or see `check`.
+    DataError: see `check`.
+  """
+  check(subject)
+  row = next(s.validation[0] for s in subject.corpus.sources if s.validation)
+  options = subject.transformer.options
   # Devices share rows: each takes the same one.
   rows = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], subject.mesh.size, 0), row)
 

@@ -25,17 +25,26 @@ class Cell:
   layers: tuple[float | None, ...]
 
 
-def run(subject: subjects.Subject) -> list[Cell]:
-  """Looks at the first validation rows, as many as `diagnostics.num_rows` says.
+def check(subject: subjects.Subject) -> None:
+  """Refuses data that have nothing to look at.
 
   Raises:
     DataError: no source has a validation split.
   """
-  splits = [source.validation for source in subject.corpus.sources if source.validation]
-  if not splits:
+  if not any(source.validation for source in subject.corpus.sources):
     raise errors.DataError(
       "none of the data has a validation split; prepare it with --validation_fraction above 0."
     )
+
+
+def run(subject: subjects.Subject) -> list[Cell]:
+  """Looks at the first validation rows, as many as `diagnostics.num_rows` says.
+
+  Raises:
+    DataError: see `check`.
+  """
+  check(subject)
+  splits = [source.validation for source in subject.corpus.sources if source.validation]
   take = look.make(subject.transformer, build.make_look_settings(subject.config))
   with sharding.use(subject.mesh):
     batch = validation_rows.first(splits[0], subject.config.diagnostics.num_rows, subject.mesh)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
 import pathlib
@@ -11,7 +12,7 @@ import tempfile
 
 from sparsejax import errors
 from sparsejax.data import tokenizers
-from sparsejax.evaluation import harness_presets, perplexity
+from sparsejax.evaluation import harness_presets, markdown, perplexity, plans
 from sparsejax.evaluation import subject as subjects
 
 # Contexts of SSA's needles; those that fit in the model's rows are asked for.
@@ -107,7 +108,23 @@ def run(
   lengths: Sequence[int] = (),
   batch_size: int = 0,
 ) -> list[Cell]:
-  """Asks tasks of a checkpoint in every mode and budget.
+  """Asks tasks of a checkpoint in every mode and budget; see `plan`."""
+  planned = plan(
+    subject, options, modes=modes, budgets=budgets, lengths=lengths, batch_size=batch_size
+  )
+  return planned.tell(plans.measure(planned.units, subject))[0]
+
+
+def plan(
+  subject: subjects.Subject,
+  options: Options,
+  *,
+  modes: Sequence[str] = perplexity.MODES,
+  budgets: Sequence[int] = (),
+  lengths: Sequence[int] = (),
+  batch_size: int = 0,
+) -> plans.Plan:
+  """Units of a call of the harness each: a mode and budget, tasks of as many shots, a seed.
 
   Args:
     subject: the checkpoint; contexts longer than its rows lose their beginning.
@@ -127,37 +144,86 @@ def run(
   from sparsejax.evaluation import harness_model
 
   with tempfile.TemporaryDirectory() as folder:
-    loaded = []
+    calls = []
     for preset, part in harness_presets.expand(options.tasks):
       metadata = None
       if part.is_synthetic:
         metadata = _measures(subject.corpus.tokenizer, folder, lengths, length)
       manager = harness_model.find_manager(part.tasks, options.folder, metadata)
       tasks = harness_model.load(manager, part.tasks, max_length=length)
-      loaded.append((preset, part, tasks))
-  cells = []
-  for mode in modes:
-    for budget in (budgets or [trained.budget]) if mode == "sparse" else [None]:
-      adapter = harness_model.of_subject(
-        subject,
-        mode=mode,
-        budget=budget,
-        batch_size=batch_size,
+      about = dict(
+        tasks=part.tasks,
+        num_fewshot=part.num_fewshot if options.num_fewshot is None else options.num_fewshot,
+        limit=options.limit,
+        # Texts are the harness's; what a sample is depends on no tokenizer but in RULER.
+        data=harness_model.fingerprint(tasks, options.limit),
       )
+      calls.append((preset, part, tasks, about))
+
+  adapters = {}  # one at a time, whose compiled programs serve all calls of a mode and budget
+
+  def measure(found, *, mode, budget, tasks, about, seed):
+    if (mode, budget) not in adapters:
+      adapters.clear()
+      adapters[mode, budget] = harness_model.of_subject(
+        found, mode=mode, budget=budget, batch_size=batch_size
+      )
+    result = harness_model.evaluate(
+      adapters[mode, budget],
+      tasks,
+      num_fewshot=about["num_fewshot"],
+      limit=options.limit,
+      seed=seed,
+    )
+    return harness_model.in_short(result)
+
+  models = [
+    (mode, budget)
+    for mode in modes
+    for budget in ((budgets or [trained.budget]) if mode == "sparse" else [None])
+  ]
+  units = tuple(
+    plans.Unit(
+      key=dict(task="lm_eval", mode=mode, budget=budget, seed=seed, **about),
+      measure=functools.partial(
+        measure, mode=mode, budget=budget, tasks=tasks, about=about, seed=seed
+      ),
+      samples=functools.partial(_samples, mode=mode, budget=budget, seed=seed),
+    )
+    for mode, budget in models
+    for _, part, tasks, about in calls
+    for seed in part.seeds or (None,)
+  )
+
+  def tell(values):
+    found, left = [], iter(values)
+    for mode, budget in models:
       asked = []
-      for preset, part, tasks in loaded:
-        shots = part.num_fewshot if options.num_fewshot is None else options.num_fewshot
-        results = [
-          harness_model.evaluate(
-            adapter, tasks, num_fewshot=shots, limit=options.limit, seed=seed
-          )
-          for seed in part.seeds or (None,)
-        ]
-        found = list(_cells(results, mode, budget, part.seeds))
-        asked.append((preset, part, found))
-        cells += found
-      cells += _means(asked, mode, budget)
-  return cells
+      for preset, part, _, _ in calls:
+        results = [next(left) for _ in part.seeds or (None,)]
+        asked.append((preset, part, list(_cells(results, mode, budget, part.seeds))))
+        found += asked[-1][2]
+      found += _means(asked, mode, budget)
+    return found, markdown.align(rows(found))
+
+  return plans.Plan(units, tell)
+
+
+def _samples(value, *, mode: str, budget: int | None, seed: int | None) -> list[plans.Samples]:
+  """Of every task and metric what each of its samples got."""
+  return [
+    plans.Samples(
+      what=task if seed is None else f"{task}, seed {seed}",
+      mode=mode,
+      budget=budget,
+      metric=metric,
+      sums=tuple(sums),
+      weights=tuple(weights),
+      asked=about["asked"],
+    )
+    for task, about in value["samples"].items()
+    for metric, (sums, weights) in about["metrics"].items()
+  ]
 
 
 def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:

@@ -7,22 +7,33 @@ lm_eval.simple_evaluate(model=model, tasks=["piqa"])
 
 from collections.abc import Sequence
 import functools
+import itertools
 import json
+import math
 import os
 import pathlib
+import re
 
 import jax
 import lm_eval
 from lm_eval import tasks as harness_tasks
 from lm_eval.api import model as harness_api
+import numpy as np
 
 from sparsejax import errors, model
 from sparsejax.attention import method
 from sparsejax.configuration import build
 from sparsejax.data import tokenizers
-from sparsejax.evaluation import continuations, generation_settings, stop_strings
+from sparsejax.evaluation import continuations, generation_settings, plans, stop_strings
 from sparsejax.evaluation import subject as subjects
 
+# Metrics of whole texts, whose samples are pairs of a log-probability and what it is divided
+# by: the loss behind each, with its unit, and its scale.
+_ROLLING = {
+  "word_perplexity": ("loss (nats/word)", 1.0),
+  "byte_perplexity": ("loss (nats/byte)", 1.0),
+  "bits_per_byte": ("bits/byte", 1 / math.log(2)),
+}
 # Enough for two digits of a standard error.
 _BOOTSTRAP_DRAWS = 1000
 
@@ -259,6 +270,55 @@ def load(manager: harness_tasks.TaskManager, names: Sequence[str], *, max_length
   return found
 
 
+def fingerprint(tasks: Sequence, limit: int | None) -> str:
+  """Of what tasks from `load` ask: their settings and documents, up to `limit` of each."""
+  described = []
+  for task in tasks:
+    for own in task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]:
+      documents = itertools.islice(iter(own.eval_docs), limit)
+      # Functions that have no source are written as objects at some address.
+      settings = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(own.dump_config(), default=str))
+      described.append((own.task_name, settings, [str(document) for document in documents]))
+  return plans.digest(described)
+
+
+def in_short(result: dict) -> dict:
+  """Of what `evaluate` returns, what tables and comparisons need, as JSON.
+
+  Its entry `samples` has for each task `asked`, of its documents and prompts, and for each of
+  its metrics, by name, sums and weights of all samples (see `plans.Samples`). Left out are
+  metrics that are no mean over samples. Of perplexities it is the loss behind them.
+  """
+  samples = {}
+  for task, logged in result["samples"].items():
+    asked = [(x["doc_id"], x["doc_hash"], x["prompt_hash"], x["filter"]) for x in logged]
+    own = samples[task] = dict(asked=plans.digest(asked), metrics={})
+    for kind in dict.fromkeys(x["filter"] for x in logged):
+      of_filter = [x for x in logged if x["filter"] == kind]
+      for name in of_filter[0]["metrics"]:
+        values = [x[name] for x in of_filter]
+        label = name if kind == "none" else f"{name},{kind}"
+        whole = result["results"][task].get(f"{name},{kind}")
+        if (pair := _sums(label, values, whole)) is not None:
+          own["metrics"][pair[0]] = pair[1:]
+  names = "results", "groups", "n-samples", "n-shot"
+  return {name: result[name] for name in names if name in result} | dict(samples=samples)
+
+
+def _sums(label: str, values: list, whole) -> tuple[str, list[float], list[float]] | None:
+  """Name, sums and weights of a metric's samples; None if it is no mean over them."""
+  if label in _ROLLING:
+    unit, scale = _ROLLING[label]
+    return unit, [-scale * x for x, _ in values], [float(weight) for _, weight in values]
+  if not all(isinstance(x, int | float | np.number) for x in values):
+    return None
+  sums = [float(x) for x in values]
+  mean = math.fsum(sums) / len(sums)
+  if not isinstance(whole, int | float) or not math.isclose(mean, whole, abs_tol=1e-9):
+    return None
+  return label, sums, [1.0] * len(sums)
+
+
 def evaluate(
   adapter: Model,
   tasks: Sequence,
@@ -288,7 +348,6 @@ def evaluate(
     tasks=list(tasks),
     num_fewshot=num_fewshot,
     limit=limit,
-    log_samples=False,
     bootstrap_iters=_BOOTSTRAP_DRAWS,
     **seeds,
   )

@@ -1,13 +1,17 @@
 """Perplexity of held-out text, under full inference and under sparse inference at budgets."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
+from typing import Any
+
+import numpy as np
 
 from sparsejax import errors, scoring
 from sparsejax.configuration import build
-from sparsejax.data import statistics
-from sparsejax.evaluation import markdown
+from sparsejax.data import corpus, statistics
+from sparsejax.evaluation import markdown, plans
 from sparsejax.evaluation import subject as subjects
 
 MODES = ("full", "sparse")
@@ -81,7 +85,22 @@ def run(
   max_rows: int = 0,
   batch_size: int = 0,
 ) -> list[Cell]:
-  """Scores the validation rows of every source.
+  """Scores the validation rows of every source; see `plan`."""
+  planned = plan(
+    subject, modes=modes, budgets=budgets, max_rows=max_rows, batch_size=batch_size
+  )
+  return cells(planned.units, plans.measure(planned.units, subject))
+
+
+def plan(
+  subject: subjects.Subject,
+  *,
+  modes: Sequence[str] = MODES,
+  budgets: Sequence[int] = (),
+  max_rows: int = 0,
+  batch_size: int = 0,
+) -> plans.Plan:
+  """Units of a source, a mode and a budget each, and of a source for the baseline.
 
   Args:
     subject: the checkpoint.
@@ -104,36 +123,119 @@ def run(
     raise errors.DataError(
       "none of the data has a validation split; prepare it with --validation_fraction above 0."
     )
-  cells = []
-  for source in sources:
-    loss = statistics.unigram_loss(source, config.model.vocab_size)
-    cells.append(_baseline(source.name, loss))
-  in_full: dict[str, scoring.RowScores] = {}
+  asked = [("unigram", None)]
   # Full inference first: the others are compared with it.
   for mode in sorted(modes, key=MODES.index):
-    for budget in (budgets or [options.budget]) if mode == "sparse" else [None]:
-      transformer = subject.transformer
-      if budget is not None:
-        transformer = build.with_budget(transformer, budget)
-      score = scoring.make_score(transformer, mode, config.loss.chunk_length)
-      for source in sources:
-        scores = scoring.score_rows(
-          score,
-          subject.params,
-          source.validation,
-          bytes_per_id=source.bytes_per_id,
-          batch_size=batch_size,
-          num_rows=max_rows or _ALL,
-          mesh=subject.mesh,
-        )
-        gap = {}
-        if mode == "full":
-          in_full[source.name] = scores
-        elif source.name in in_full:
-          more, error = scoring.compare(scores, in_full[source.name])
-          gap = dict(gap=more, gap_se=error)
-        cells.append(_cell(source.name, mode, budget, scoring.summarize(scores), **gap))
-  return cells
+    asked += [(mode, x) for x in (budgets or [options.budget] if mode == "sparse" else [None])]
+
+  @functools.cache  # sources share a program
+  def score(mode, budget):
+    transformer = subject.transformer
+    if budget is not None:
+      transformer = build.with_budget(transformer, budget)
+    return scoring.make_score(transformer, mode, config.loss.chunk_length)
+
+  units = tuple(
+    plans.Unit(
+      key=dict(
+        task="perplexity",
+        source=source.name,
+        data=_identity(source),
+        length=length,
+        max_rows=max_rows,
+        mode=mode,
+        budget=budget,
+      ),
+      measure=functools.partial(
+        _measure,
+        number=number,
+        score=None if mode == "unigram" else functools.partial(score, mode, budget),
+        num_rows=max_rows or _ALL,
+        batch_size=batch_size,
+      ),
+      samples=None
+      if mode == "unigram"
+      else functools.partial(_samples, source=source.name, mode=mode, budget=budget),
+    )
+    for mode, budget in asked
+    for number, source in enumerate(subject.corpus.sources)
+    if source.validation
+  )
+
+  def tell(values):
+    found = cells(units, values)
+    return found, markdown.align(rows(found))
+
+  return plans.Plan(units, tell)
+
+
+def _identity(source: corpus.Source) -> str:
+  """Of the rows that are scored: a fingerprint says nothing of how rows are made."""
+  rows_ = source.validation
+  return plans.digest([source.fingerprint, len(rows_), [x.tolist() for x in rows_[0]]])
+
+
+def _measure(
+  subject: subjects.Subject,
+  *,
+  number: int,
+  score: Callable | None,
+  num_rows: int,
+  batch_size: int,
+) -> dict[str, Any]:
+  """Scores of a source's rows; of the baseline, which is no model, its loss."""
+  source = subject.corpus.sources[number]
+  if score is None:
+    vocab_size = subject.config.model.vocab_size
+    return dict(loss=statistics.unigram_loss(source, vocab_size))
+  scores = scoring.score_rows(
+    score(),
+    subject.params,
+    source.validation,
+    bytes_per_id=source.bytes_per_id,
+    batch_size=batch_size,
+    num_rows=num_rows,
+    mesh=subject.mesh,
+  )
+  return scores._asdict()
+
+
+def _samples(value, *, source: str, mode: str, budget: int | None) -> list[plans.Samples]:
+  """Rows."""
+  same = dict(what=source, mode=mode, budget=budget)
+  found = [
+    plans.Samples(
+      metric="loss (nats/token)",
+      sums=tuple(value["nll"]),
+      weights=tuple(value["num_tokens"]),
+      **same,
+    )
+  ]
+  if any(value["num_bytes"]):
+    bits = tuple(x / math.log(2) for x in value["nll"])
+    found.append(
+      plans.Samples(metric="bits/byte", sums=bits, weights=tuple(value["num_bytes"]), **same)
+    )
+  return found
+
+
+def cells(units: Sequence[plans.Unit], values: Sequence[Any]) -> list[Cell]:
+  """Lines of the table, in the order of units."""
+  found, in_full = [], {}
+  for unit, value in zip(units, values, strict=True):
+    source, mode, budget = (unit.key[name] for name in ("source", "mode", "budget"))
+    if mode == "unigram":
+      found.append(_baseline(source, value["loss"]))
+      continue
+    scores = scoring.RowScores(*(np.array(value[name]) for name in scoring.RowScores._fields))
+    gap = {}
+    if mode == "full":
+      in_full[source] = scores
+    elif source in in_full:
+      more, error = scoring.compare(scores, in_full[source])
+      gap = dict(gap=more, gap_se=error)
+    found.append(_cell(source, mode, budget, scoring.summarize(scores), **gap))
+  return found
 
 
 def _cell(

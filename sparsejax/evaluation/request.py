@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from sparsejax.evaluation import harness, perplexity
+from sparsejax.evaluation import extrapolation, harness, perplexity
 from sparsejax.evaluation.needles import task as needles
 
 
@@ -12,7 +12,7 @@ class Request:
   """What to evaluate, and how.
 
   Attributes:
-    path: a workdir or a checkpoint.
+    path: a workdir or a checkpoint, or several.
     step: of a workdir; None is the newest.
     tasks: names of `tasks.TASKS`.
     modes: of inference.
@@ -30,10 +30,13 @@ class Request:
     kv_gib: sizes of caches on the device, of which throughput takes its rows.
     about_needles: what is asked about needles.
     lm_eval: what the task of that name asks.
-    out: directory for the results; None is `eval/STEP` in the workdir.
+    out: directory for the results; None is `eval/STEP` in the workdir, if there is one.
+    compare: a workdir or a checkpoint that the others are compared with, sample by sample.
+    rope_scaling: in place of the checkpoints' own.
+    fresh: measure again what was measured before.
   """
 
-  path: str | pathlib.Path
+  path: str | pathlib.Path | tuple[str | pathlib.Path, ...]
   step: int | None = None
   tasks: tuple[str, ...] = ("perplexity",)
   modes: tuple[str, ...] = perplexity.MODES
@@ -50,3 +53,11 @@ class Request:
   about_needles: needles.Settings = dataclasses.field(default_factory=needles.Settings)
   lm_eval: harness.Options = dataclasses.field(default_factory=harness.Options)
   out: str | pathlib.Path | None = None
+  compare: str | pathlib.Path | None = None
+  rope_scaling: extrapolation.RopeScaling | None = None
+  fresh: bool = False
+
+  @property
+  def paths(self) -> tuple[str | pathlib.Path, ...]:
+    """Workdirs and checkpoints, also of a single one."""
+    return self.path if isinstance(self.path, tuple) else (self.path,)

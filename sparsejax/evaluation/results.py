@@ -1,38 +1,166 @@
 """Answers of tasks as files, with everything that they depend on."""
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 from sparsejax.configuration import record
+from sparsejax.evaluation import compare, ledger, markdown, plans
 from sparsejax.evaluation import subject as subjects
 
 
-def write(task: str, cells, text: str, subject: subjects.Subject, out: pathlib.Path) -> str:
-  """Writes `TASK.json` and `TASK.md`; returns the text.
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """Of one task.
+
+  Attributes:
+    task: name.
+    cells: lines of the answer, JSON.
+    text: the answer as markdown.
+  """
+
+  task: str
+  cells: list[dict[str, Any]]
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """What a checkpoint answered.
+
+  Attributes:
+    name: of its run; with the step, or more of its path, where others are called alike.
+    about: what answers depend on, JSON (see `describe`).
+    backends: what it ran on, a line for each operation and choice.
+    out: directory of its files.
+    answers: of all tasks.
+  """
+
+  name: str
+  about: dict[str, Any]
+  backends: tuple[str, ...]
+  out: pathlib.Path
+  answers: tuple[Answer, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+  """Of a ledger: what was taken from before, and what was measured.
+
+  Attributes:
+    taken, measured: cells.
+    commits: of the program that measured what was taken.
+    path: the file.
+  """
+
+  taken: int
+  measured: int
+  commits: tuple[str, ...]
+  path: pathlib.Path
+
+  @classmethod
+  def of(cls, book: ledger.Ledger) -> "Count":
+    return cls(book.num_taken, book.num_measured, tuple(sorted(book.commits)), book.path)
+
+
+def describe(subject: subjects.Subject) -> dict[str, Any]:
+  """What a checkpoint's answers depend on, JSON."""
+  backends = {choice.op: {} for choice in subject.backends}
+  for choice in subject.backends:
+    backends[choice.op][choice.backend] = None
+  return dict(
+    run=subject.name,
+    step=subject.step,
+    method="+".join(subject.transformer.options.pattern),
+    parameters=subject.fingerprint,
+    rope_scaling=subject.config.model.rope_scaling.to_dict(),
+    changes=plans.as_json(subject.changes),
+    environment=record.environment(),
+    backends={op: ", ".join(names) for op, names in backends.items()},
+    config_hash=record.digest(subject.config),
+    config=record.as_json(subject.config),
+  )
+
+
+def write(
+  task: str, cells: Sequence[Any], text: str, about: dict[str, Any], out: pathlib.Path
+) -> Answer:
+  """Writes `TASK.json` and `TASK.md`.
 
   Args:
     task: name.
     cells: dataclasses, one for each line of the answer.
     text: the answer as markdown.
-    subject: who was asked.
+    about: from `describe`.
     out: directory.
   """
-  backends = {choice.op: {} for choice in subject.backends}
-  for choice in subject.backends:
-    backends[choice.op][choice.backend] = None
-  content = dict(
-    task=task,
-    run=subject.path.parent.parent.name,
-    step=subject.step,
-    method="+".join(subject.transformer.options.pattern),
-    environment=record.environment(),
-    backends={op: ", ".join(names) for op, names in backends.items()},
-    config_hash=record.digest(subject.config),
-    config=record.as_json(subject.config),
-    cells=[dataclasses.asdict(cell) for cell in cells],
-  )
+  lines = [dataclasses.asdict(cell) for cell in cells]
   out.mkdir(parents=True, exist_ok=True)
+  content = dict(task=task, **about, cells=lines)
   (out / f"{task}.json").write_text(json.dumps(content, indent=2) + "\n")
   (out / f"{task}.md").write_text(text)
-  return text
+  return Answer(task, plans.as_json(lines), text)
+
+
+def write_all(
+  checkpoints: Sequence[Checkpoint],
+  differences: Sequence[compare.Difference],
+  counts: Sequence[Count],
+  out: pathlib.Path,
+) -> str:
+  """Writes `results.json` and `results.md` of all together; returns what to print."""
+  content = dict(
+    checkpoints=[
+      dict(name=x.name, **x.about, tasks={answer.task: answer.cells for answer in x.answers})
+      for x in checkpoints
+    ],
+    differences=[dataclasses.asdict(line) for line in differences],
+    cells=[dict(taken=x.taken, measured=x.measured, commits=x.commits) for x in counts],
+  )
+  out.mkdir(parents=True, exist_ok=True)
+  (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+  parts = []
+  for x in checkpoints:
+    lines = [f"{x.name}, step {x.about['step']}\n"] if len(checkpoints) > 1 else []
+    lines += [f"{text}\n" for text in (*x.backends, *changes(x.about))]
+    parts.append("".join(lines) + "\n".join(answer.text for answer in x.answers))
+  if differences:
+    parts.append(f"{HOW_COMPARED}\n\n{markdown.align(compare.rows(differences))}")
+  text = "\n".join(parts)
+  (out / "results.md").write_text(text)
+  return text + "".join(f"\n{say(count)}" for count in counts)
+
+
+HOW_COMPARED = (
+  "compared on the same samples: difference ± paired standard error, z of a normal "
+  "distribution and its two-sided p, each line on its own"
+)
+
+
+def changes(about: dict[str, Any]) -> list[str]:
+  """Lines for the keys of the config that this evaluation changed."""
+  return [f"changed: {key} was {old}, is {new}" for key, (old, new) in about["changes"].items()]
+
+
+def say(count: Count) -> str:
+  """How many cells were measured, and how many taken from before."""
+  text = f"cells: {count.measured} measured, {count.taken} taken from before ({count.path})"
+  others = [x for x in count.commits if x != record.commit()]
+  return text + (f"; of the latter some are of commit {', '.join(others)}" if others else "")
+
+
+def distinct_names(found: Sequence[subjects.Subject]) -> list[str]:
+  """A name for each checkpoint that no other has: of its run, its step, or more of its path."""
+  for name in (lambda x: x.name, lambda x: f"{x.name}-{x.step}"):
+    names = [name(subject) for subject in found]
+    if len(set(names)) == len(names):
+      return names
+  parts = [[*x.path.parent.parent.parts[1:], str(x.step)] for x in found]
+  length = next(
+    n
+    for n in range(2, max(map(len, parts)) + 1)
+    if len({tuple(own[-n:]) for own in parts}) == len(parts)
+  )
+  return ["-".join(own[-length:]) for own in parts]

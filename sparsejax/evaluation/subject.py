@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import ml_collections
 
 import pallas_kernels
 from sparsejax import checkpoint, errors, model, parameters, sharding
-from sparsejax.configuration import build, record
+from sparsejax.configuration import build, overrides, record
 from sparsejax.data import corpus as corpora
+from sparsejax.evaluation import extrapolation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +25,11 @@ class Subject:
     config: its own, with this evaluation's changes.
     transformer: the model.
     backends: what its operations of attention run on, at every budget.
-    params: on the mesh.
+    params: on the mesh; of `describe`, their shapes alone.
     corpus: the data, by default that of training.
     mesh: all devices side by side.
+    changes: keys of its config that this evaluation changed, each with both values.
+    fingerprint: of the parameters.
   """
 
   path: pathlib.Path
@@ -36,6 +40,13 @@ class Subject:
   params: dict
   corpus: corpora.Corpus
   mesh: jax.sharding.Mesh
+  changes: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+  fingerprint: str = ""
+
+  @property
+  def name(self) -> str:
+    """Of the run: what its workdir is called."""
+    return self.path.parent.parent.name
 
 
 def load(
@@ -47,6 +58,7 @@ def load(
   sequence_length: int | None = None,
   kernels: str | None = None,
   budgets: Sequence[int] = (),
+  rope_scaling: extrapolation.RopeScaling | None = None,
 ) -> Subject:
   """Restores a checkpoint from its own config.
 
@@ -59,15 +71,54 @@ def load(
     kernels: `auto` or `strict` in place of the config's `attention.kernels` and of any
       implementation that it names; None is as trained.
     budgets: that will be asked about; () is that of training.
+    rope_scaling: in place of the config's; None is as trained.
 
   Raises:
     ConfigError: an operation cannot run on what is asked for, or a budget is too small.
     CheckpointError: no checkpoint, a damaged one, or data that are not its own.
     DataError: the data are missing or have another tokenizer.
   """
+  return with_params(
+    describe(
+      path,
+      template,
+      step=step,
+      sources=sources,
+      sequence_length=sequence_length,
+      kernels=kernels,
+      budgets=budgets,
+      rope_scaling=rope_scaling,
+    )
+  )
+
+
+def with_params(subject: Subject) -> Subject:
+  """What was described, with its parameters.
+
+  Raises:
+    CheckpointError: they are damaged.
+  """
+  return dataclasses.replace(
+    subject, params=checkpoint.load_params(subject.path, subject.params)
+  )
+
+
+def describe(
+  path: str | pathlib.Path,
+  template: ml_collections.ConfigDict,
+  *,
+  step: int | None = None,
+  sources: Sequence[str] = (),
+  sequence_length: int | None = None,
+  kernels: str | None = None,
+  budgets: Sequence[int] = (),
+  rope_scaling: extrapolation.RopeScaling | None = None,
+) -> Subject:
+  """What `load` gives, but that no parameters are read, and refuses but for damaged ones."""
   found = checkpoint.find(path, step)
   saved = checkpoint.read_record(found)
   config = record.restore(saved.config, template)
+  trained = overrides.flatten(config)
   if sources:
     config.data.sources, config.data.weights = tuple(sources), ()
   if sequence_length is not None:
@@ -76,6 +127,8 @@ def load(
     config.attention.update(
       kernels=kernels, full_implementation="auto", sparse_implementation="auto"
     )
+  if rope_scaling is not None:
+    extrapolation.apply(config, rope_scaling, trained["data.sequence_length"])
   # WORKDIR/checkpoints/STEP: built-in data were prepared beside the checkpoints.
   corpus = build.make_corpus(config, found.parent.parent / "data")
   if corpus.tokenizer.fingerprint != saved.tokenizer:
@@ -103,9 +156,15 @@ def load(
     config=config,
     transformer=transformer,
     backends=backends,
-    params=checkpoint.load_params(found, parameters.abstract(transformer, mesh)),
+    params=parameters.abstract(transformer, mesh),
     corpus=corpus,
     mesh=mesh,
+    changes={
+      key: (trained[key], value)
+      for key, value in overrides.flatten(config).items()
+      if trained[key] != value
+    },
+    fingerprint=checkpoint.fingerprint(found),
   )
 
 

@@ -1,5 +1,8 @@
 """The tasks of eval.py: what each asks of a checkpoint, and how it shows the answer."""
 
+import functools
+
+import jax
 import numpy as np
 
 from sparsejax import errors
@@ -13,6 +16,7 @@ from sparsejax.evaluation import (
   markdown,
   perplexity,
   pictures,
+  plans,
   throughput,
 )
 from sparsejax.evaluation import request as requests
@@ -50,65 +54,132 @@ def check(request: requests.Request) -> None:
 
 
 def _perplexity(subject, request: requests.Request, out):
-  cells = perplexity.run(
+  del out
+  return perplexity.plan(
     subject,
     modes=request.modes,
     budgets=request.budgets,
     max_rows=request.max_rows,
     batch_size=request.batch_size,
   )
-  return cells, markdown.align(perplexity.rows(cells))
 
 
 def _block_lists(subject, request: requests.Request, out):
   del request  # modes and budgets are not of this question
-  blocks_LTKM = block_lists.choose(subject)
-  out.mkdir(parents=True, exist_ok=True)
-  np.save(out / "block_lists.npy", blocks_LTKM)
-  cells = block_lists.describe(blocks_LTKM, subject.config.attention.block_size)
-  return cells, markdown.align(block_lists.rows(cells))
+  name = "block_lists.npy"
+  block_lists.check(subject)
+
+  def measure(subject):
+    blocks_LTKM = block_lists.choose(subject)
+    np.save(out / name, blocks_LTKM)
+    return block_lists.describe(blocks_LTKM, subject.config.attention.block_size)
+
+  def tell(values):
+    cells = _cells(values, block_lists.Cell)
+    return cells, markdown.align(block_lists.rows(cells))
+
+  unit = plans.Unit(
+    key=dict(task="block_lists", data=subject.corpus.fingerprint),
+    measure=measure,
+    files=(name,),
+  )
+  return plans.Plan((unit,), tell)
 
 
 def _diagnostics(subject, request: requests.Request, out):
   del request, out
-  cells = diagnostics.run(subject)
-  return cells, markdown.align(diagnostics.rows(cells))
+  diagnostics.check(subject)
+
+  def tell(values):
+    cells = _cells(values, diagnostics.Cell)
+    return cells, markdown.align(diagnostics.rows(cells))
+
+  unit = plans.Unit(
+    key=dict(task="diagnostics", data=subject.corpus.fingerprint), measure=diagnostics.run
+  )
+  return plans.Plan((unit,), tell)
 
 
 def _locality(subject, request: requests.Request, out):
-  cells = []
-  for context in request.lengths or (subject.config.data.sequence_length // 2,):
+  spare, num_rows = request.spare or (0, 16, 32, 64), request.max_rows or 1
+
+  def measure(subject, *, context: int, name: str):
     lists_SLBKM = locality.record(
-      subject, context, num_rows=request.max_rows or 1, num_steps=request.num_steps
+      subject, context, num_rows=num_rows, num_steps=request.num_steps
     )
     (out / "lists").mkdir(parents=True, exist_ok=True)
-    np.save(out / "lists" / f"{context}.npy", lists_SLBKM)
-    cells += locality.run(subject, lists_SLBKM, context, request.spare or (0, 16, 32, 64))
-  return cells, markdown.align(locality.rows(cells))
+    np.save(out / name, lists_SLBKM)
+    return locality.run(subject, lists_SLBKM, context, spare)
+
+  def tell(values):
+    cells = _cells(values, locality.Cell)
+    return cells, markdown.align(locality.rows(cells))
+
+  units = []
+  for context in request.lengths or (subject.config.data.sequence_length // 2,):
+    name = f"lists/{context}.npy"
+    units.append(
+      plans.Unit(
+        key=dict(
+          task="locality",
+          data=subject.corpus.fingerprint,
+          length=context,
+          num_rows=num_rows,
+          num_steps=request.num_steps,
+          spare=spare,
+        ),
+        measure=functools.partial(measure, context=context, name=name),
+        files=(name,),
+      )
+    )
+  return plans.Plan(tuple(units), tell)
 
 
 def _throughput(subject, request: requests.Request, out):
-  cells = throughput.run(
-    subject,
-    modes=request.modes,
-    budgets=request.budgets,
-    lengths=request.lengths or (subject.config.data.sequence_length // 2,),
+  asked = dict(
     num_rows=request.batch_size or _ROWS,
     kv_gib=request.kv_gib,
     spare=request.spare,
     num_steps=request.num_steps,
   )
-  out.mkdir(parents=True, exist_ok=True)
-  text = markdown.align(decode_timing.rows(cells))
-  # What was measured is not lost for want of a picture.
-  if (reason := pictures.why_none()) is not None:
-    return cells, f"{text}\nno picture: {reason}\n"
-  pictures.draw_throughput(cells, out / "throughput.png")
-  return cells, text
+  devices = jax.devices()
+
+  def measure(subject, *, mode: str, budget: int | None, length: int):
+    budgets = () if budget is None else (budget,)
+    return throughput.run(subject, modes=(mode,), budgets=budgets, lengths=(length,), **asked)
+
+  def tell(values):
+    cells = _cells(values, decode_timing.Cell)
+    out.mkdir(parents=True, exist_ok=True)
+    text = markdown.align(decode_timing.rows(cells))
+    # What was measured is not lost for want of a picture.
+    if (reason := pictures.why_none()) is not None:
+      return cells, f"{text}\nno picture: {reason}\n"
+    pictures.draw_throughput(cells, out / "throughput.png")
+    return cells, text
+
+  units = tuple(
+    plans.Unit(
+      key=dict(
+        task="throughput",
+        data=subject.corpus.fingerprint,
+        device=f"{len(devices)} x {devices[0].device_kind}",
+        mode=mode,
+        budget=budget,
+        length=length,
+        **asked,
+      ),
+      measure=functools.partial(measure, mode=mode, budget=budget, length=length),
+    )
+    for mode in request.modes
+    for budget in ((request.budgets or (None,)) if mode == "sparse" else (None,))
+    for length in request.lengths or (subject.config.data.sequence_length // 2,)
+  )
+  return plans.Plan(units, tell)
 
 
 def _needle(subject, request: requests.Request, out):
-  cells = needles.run(
+  units = needles.plan(
     subject,
     request.about_needles,
     lengths=request.lengths,
@@ -116,13 +187,18 @@ def _needle(subject, request: requests.Request, out):
     budgets=request.budgets,
     num_rows=request.batch_size,
   )
-  maps = needle_tables.draw(cells, out / "needle")
-  return cells, f"{markdown.align(needle_tables.rows(cells))}\n{maps}"
+
+  def tell(values):
+    cells = needles.cells(units, values, request.about_needles)
+    maps = needle_tables.draw(cells, out / "needle")
+    return cells, f"{markdown.align(needle_tables.rows(cells))}\n{maps}"
+
+  return plans.Plan(units, tell)
 
 
 def _lm_eval(subject, request: requests.Request, out):
   del out
-  cells = harness.run(
+  return harness.plan(
     subject,
     request.lm_eval,
     modes=request.modes,
@@ -130,10 +206,22 @@ def _lm_eval(subject, request: requests.Request, out):
     lengths=request.lengths,
     batch_size=request.batch_size,
   )
-  return cells, markdown.align(harness.rows(cells))
 
 
-# Each gives cells, and a table of them as markdown.
+def _cells(values, kind):
+  """Cells of units whose values are lists of them."""
+  return [
+    kind(**{name: plans.tuples(x) for name, x in cell.items()})
+    for value in values
+    for cell in value
+  ]
+
+
+# That read contexts of --lengths, and are refused those beyond what RoPE reaches.
+READ_LENGTHS = {"perplexity", "locality", "needle", "lm_eval"}
+
+# Each makes a plan, of a checkpoint that is described and not yet loaded, a request, and the
+# directory of results.
 TASKS = {
   "perplexity": _perplexity,
   "block_lists": _block_lists,

@@ -1,15 +1,17 @@
 """`eval.py --tasks=needle`: a checkpoint's answers, by kind, length, depth, mode and budget."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import numpy as np
 
-from sparsejax import errors
+from sparsejax import errors, model
 from sparsejax.configuration import build
 from sparsejax.decoding import generate as generation
-from sparsejax.evaluation import perplexity
+from sparsejax.evaluation import perplexity, plans
 from sparsejax.evaluation import subject as subjects
 from sparsejax.evaluation.needles import answers, associations, haystacks, kinds, questions
 
@@ -111,7 +113,34 @@ def run(
   num_rows: int = 0,
   generate: answers.Generate = generation.generate,
 ) -> list[Cell]:
-  """Asks all questions in every mode and budget.
+  """Asks all questions in every mode and budget; see `plan`.
+
+  Returns:
+    Cells by kind, mode, budget, length and depth, in the order they were named.
+  """
+  units = plan(
+    subject,
+    settings,
+    lengths=lengths,
+    modes=modes,
+    budgets=budgets,
+    num_rows=num_rows,
+    generate=generate,
+  )
+  return cells(units, plans.measure(units, subject), settings)
+
+
+def plan(
+  subject: subjects.Subject,
+  settings: Settings,
+  *,
+  lengths: Sequence[int] = (),
+  modes: Sequence[str] = perplexity.MODES,
+  budgets: Sequence[int] = (),
+  num_rows: int = 0,
+  generate: answers.Generate = generation.generate,
+) -> tuple[plans.Unit, ...]:
+  """Units of a mode, a budget and a length each, with all kinds and depths.
 
   Args:
     subject: the checkpoint.
@@ -121,9 +150,6 @@ def run(
     budgets: keys a query reads under sparse inference; () is that of training.
     num_rows: questions at once; 0 is 8.
     generate: continues prompts.
-
-  Returns:
-    Cells by kind, mode, budget, length and depth, in the order they were named.
 
   Raises:
     ConfigError: lengths beyond the rows of the subject or too short for a kind, or what
@@ -141,47 +167,134 @@ def run(
         f"that, or --sequence_length={length} to ask beyond what it was trained on."
       )
   perplexity.check_modes(modes, budgets, options.block_size, row_length)
-  make = _maker(subject, settings, max(lengths))
-  num_rows, cells = num_rows or _NUM_ROWS, {}
-  for length in lengths:
-    places = [(kind, depth) for kind in settings.kinds for depth in settings.depths]
-    # Of all modes the same.
-    asked = [
+  make, num_rows = _maker(subject, settings, max(lengths)), num_rows or _NUM_ROWS
+
+  @functools.cache  # of all modes the same
+  def asked(length: int) -> list[questions.Question]:
+    return [
       make(kind, length, depth, number)
-      for kind, depth in places
+      for kind in settings.kinds
+      for depth in settings.depths
       for number in range(settings.num_questions)
     ]
-    for mode, budget, transformer in _models(subject, modes, budgets):
-      same = dict(stream=mode, mesh=subject.mesh, num_rows=num_rows)
-      accuracy = answers.greedy(
-        asked,
-        transformer,
-        subject.params,
-        tokenizer=subject.corpus.tokenizer,
+
+  # Impossible ones are refused before others are put to the model.
+  for length in lengths:
+    for kind in settings.kinds:
+      make(kind, length, settings.depths[0], 0)
+  about = dict(
+    tokenizer=subject.corpus.tokenizer.fingerprint,
+    vocab_size=subject.transformer.shape.vocab_size,
+    settings=plans.as_json(dataclasses.asdict(settings)),
+    # Of what needles are hidden in, and nothing else.
+    data=subject.corpus.fingerprint if settings.haystack == "corpus" else None,
+  )
+  return tuple(
+    plans.Unit(
+      key=dict(task="needle", length=length, mode=mode, budget=budget, **about),
+      measure=functools.partial(
+        _measure,
+        transformer=transformer,
+        stream=mode,
+        asked=functools.partial(asked, length),
+        num_rows=num_rows,
         generate=generate,
-        **same,
+      ),
+      samples=functools.partial(
+        _samples, settings=settings, length=length, mode=mode, budget=budget
+      ),
+    )
+    for length in lengths
+    for mode, budget, transformer in _models(subject, modes, budgets)
+  )
+
+
+def _measure(
+  subject: subjects.Subject,
+  *,
+  transformer: model.Transformer,
+  stream: str,
+  asked: Callable[[], list[questions.Question]],
+  num_rows: int,
+  generate: answers.Generate,
+) -> dict[str, Any]:
+  """Of every question how much of it was answered, and how likely the right answer is."""
+  same = dict(stream=stream, mesh=subject.mesh, num_rows=num_rows)
+  accuracy_Q = answers.greedy(
+    asked(),
+    transformer,
+    subject.params,
+    tokenizer=subject.corpus.tokenizer,
+    generate=generate,
+    **same,
+  )
+  scores = answers.forced(
+    asked(),
+    transformer,
+    subject.params,
+    chunk_length=subject.config.loss.chunk_length,
+    **same,
+  )
+  return dict(
+    accuracy=accuracy_Q, nll=scores.nll, hits=scores.hits, num_tokens=scores.num_tokens
+  )
+
+
+def _grouped(value: dict[str, Any], settings: Settings) -> list[np.ndarray]:
+  """Accuracy, nats, hits and tokens of each question, all [kinds, depths, questions]."""
+  shape = len(settings.kinds), len(settings.depths), settings.num_questions
+  names = "accuracy", "nll", "hits", "num_tokens"
+  return [np.array(value[name], np.float64).reshape(shape) for name in names]
+
+
+def _samples(
+  value, *, settings: Settings, length: int, mode: str, budget: int | None
+) -> list[plans.Samples]:
+  """Questions of each kind, each the mean of what it is with its needle at every depth."""
+  accuracy, nll, _, num_tokens = _grouped(value, settings)
+  found = []
+  for number, kind in enumerate(settings.kinds):
+    of_metrics = {
+      "accuracy": (accuracy[number].mean(0), np.ones(settings.num_questions)),
+      "loss of the answer (nats/token)": (nll[number].sum(0), num_tokens[number].sum(0)),
+    }
+    for metric, (sums, weights) in of_metrics.items():
+      found.append(
+        plans.Samples(
+          what=f"{kind}, {length} tokens",
+          mode=mode,
+          budget=budget,
+          metric=metric,
+          sums=tuple(sums.tolist()),
+          weights=tuple(weights.tolist()),
+        )
       )
-      scores = answers.forced(
-        asked, transformer, subject.params, chunk_length=config.loss.chunk_length, **same
-      )
-      grouped = (
-        x.reshape(len(places), -1).astype(np.float64)
-        for x in (accuracy, scores.nll, scores.hits, scores.num_tokens)
-      )
-      for (kind, depth), *of_cell in zip(places, *grouped, strict=True):
-        cells[kind, mode, budget, length, depth] = Cell(
+  return found
+
+
+def cells(units: Sequence[plans.Unit], values: Sequence[Any], settings: Settings) -> list[Cell]:
+  """Cells by kind, mode, budget, length and depth, in the order they were named."""
+  found = {}
+  for unit, value in zip(units, values, strict=True):
+    mode, budget, length = (unit.key[name] for name in ("mode", "budget", "length"))
+    of_unit = _grouped(value, settings)
+    for i, kind in enumerate(settings.kinds):
+      for j, depth in enumerate(settings.depths):
+        found[kind, mode, budget, length, depth] = Cell(
           kind=kind,
           haystack=settings.haystack,
           mode=mode,
           budget=budget,
           length=length,
           depth=depth,
-          **_summary(*of_cell),
+          **_summary(*(x[i, j] for x in of_unit)),
         )
+  models = dict.fromkeys((unit.key["mode"], unit.key["budget"]) for unit in units)
+  lengths = dict.fromkeys(unit.key["length"] for unit in units)
   return [
-    cells[kind, mode, budget, length, depth]
+    found[kind, mode, budget, length, depth]
     for kind in settings.kinds
-    for mode, budget, _ in _models(subject, modes, budgets)
+    for mode, budget in models
     for length in lengths
     for depth in settings.depths
   ]

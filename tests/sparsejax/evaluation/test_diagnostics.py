@@ -31,15 +31,15 @@ def test_without_rows_to_look_at_it_is_refused(tmp_path, monkeypatch):
   config = small.make_config(data__sources=("recall",))
   config.data.update(recall_pairs=2, recall_queries=2)
   small.save_checkpoints(tmp_path / "run", config)
-  load = table.subjects.load
+  describe = table.subjects.describe
 
   def without_validation(*args, **kwargs):
-    subject = load(*args, **kwargs)
+    subject = describe(*args, **kwargs)
     for source in subject.corpus.sources:
       object.__setattr__(source, "validation", None)
     return subject
 
-  monkeypatch.setattr(table.subjects, "load", without_validation)
+  monkeypatch.setattr(table.subjects, "describe", without_validation)
   request = requests.Request(path=tmp_path / "run", tasks=("diagnostics",))
   with pytest.raises(errors.DataError, match="none of the data has a validation split"):
     table.run(request, base.get_config())

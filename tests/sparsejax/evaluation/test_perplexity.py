@@ -31,6 +31,7 @@ def make_source(name="text", bytes_per_id=BYTES, validation=()):
     train=make_rows(4, seed=9),
     validation=list(validation),
     bytes_per_id=bytes_per_id,
+    fingerprint=name,
   )
 
 

@@ -13,7 +13,7 @@ from configs import base
 import pallas_kernels
 from sparsejax import checkpoint, errors
 from sparsejax.configuration import overrides, record
-from sparsejax.evaluation import markdown, perplexity, table, tasks
+from sparsejax.evaluation import markdown, perplexity, plans, table, tasks
 from sparsejax.evaluation import request as requests
 from sparsejax.evaluation import subject as subjects
 from tests import small
@@ -25,6 +25,8 @@ CELLS = [
     "web", "sparse", 16, 2.5, math.nan, 12.1825, math.nan, 1.25, 0.4, 12345, 0.5, 0.0123
   ),
 ]
+
+TABLE = markdown.align(perplexity.rows(CELLS))
 
 
 def make_config():
@@ -153,11 +155,14 @@ def asked(monkeypatch):
   """A task that answers at once; returns the options it was asked with."""
   calls = []
 
-  def task(subject, **options):
-    calls.append(options)
-    return CELLS
+  def plan(subject, **options):
+    def measure(loaded):
+      calls.append(options)
 
-  monkeypatch.setattr(tasks.perplexity, "run", task)
+    unit = plans.Unit(key=dict(task="perplexity"), measure=measure)
+    return plans.Plan((unit,), lambda values: (CELLS, TABLE))
+
+  monkeypatch.setattr(tasks.perplexity, "plan", plan)
   return calls
 
 
@@ -169,9 +174,10 @@ def test_the_answer_is_written_with_all_that_it_depends_on(saved, asked):
   text, out = table.run(request, base.get_config())
   assert asked == [dict(modes=("sparse",), budgets=(8, 16), max_rows=7, batch_size=3)]
   assert out == workdir / "eval" / "5"
-  assert (out / "perplexity.md").read_text() == markdown.align(perplexity.rows(CELLS))
+  assert (out / "perplexity.md").read_text() == TABLE
   *backends, printed = text.split("\n", maxsplit=4)
-  assert printed == markdown.align(perplexity.rows(CELLS))
+  said = f"cells: 1 measured, 0 taken from before ({out}/cells.jsonl)"
+  assert printed == f"{TABLE}\n{said}"
   assert [line.partition(" (")[0] for line in backends] == [
     "backend of full_attention: xla",
     "backend of block_selection: xla",
@@ -228,7 +234,7 @@ def test_the_answer_can_go_elsewhere(saved, asked, tmp_path):
 
 
 def test_the_table_reads_well_in_a_terminal():
-  assert markdown.align(perplexity.rows(CELLS)) == (
+  assert TABLE == (
     "| data | inference | budget | perplexity    | bits/byte | loss            "
     "| above full      | accuracy | tokens |\n"
     "|------|-----------|--------|---------------|-----------|-----------------"

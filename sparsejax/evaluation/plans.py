@@ -1,0 +1,98 @@
+"""What a task will do, said before it is done: units of work, and what is made of them.
+
+A unit is what an interrupted evaluation does not do again. Its value is JSON: it has all that
+its task's answer needs of it, and, where units of two checkpoints can be compared, what was
+found for every sample.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from sparsejax.evaluation import subject as subjects
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+  """What was found of each of many independent samples: a sum, and what it is divided by.
+
+  Attributes:
+    what: of which data, kind or task the samples are.
+    mode: `full` or `sparse`.
+    budget: keys a query reads; None under full inference.
+    metric: what is measured, with its unit: `loss (nats/token)`.
+    sums: of each sample; the metric is their total, divided by that of
+    weights: of each sample, as numbers of tokens, or ones.
+    asked: of what was asked; equal if the samples are the same.
+  """
+
+  what: str
+  mode: str
+  budget: int | None
+  metric: str
+  sums: tuple[float, ...]
+  weights: tuple[float, ...]
+  asked: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+  """A piece of work.
+
+  Attributes:
+    key: all that the value depends on beside the checkpoint, its config and the program; JSON
+      with the entry `task`, and `mode`, `budget` and `length` if there are any.
+    measure: does it; what it returns is JSON.
+    samples: what the value says of single samples; None of what is not compared.
+    files: below the directory of results, which `measure` leaves.
+  """
+
+  key: Mapping[str, Any]
+  measure: Callable[[subjects.Subject], Any]
+  samples: Callable[[Any], list[Samples]] | None = None
+  files: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A task, ready to be done.
+
+  Attributes:
+    units: of it.
+    tell: makes an answer of their values: cells, and a table of them as markdown.
+  """
+
+  units: tuple[Unit, ...]
+  tell: Callable[[Sequence[Any]], tuple[Sequence[Any], str]]
+
+
+def measure(units: Sequence[Unit], subject: subjects.Subject) -> list[Any]:
+  """Values of all units, none taken from before."""
+  return [as_json(unit.measure(subject)) for unit in units]
+
+
+def as_json(value: Any) -> Any:
+  """A value as it comes back from a file: tuples are lists, numbers are Python's."""
+  return json.loads(json.dumps(value, default=_plain))
+
+
+def tuples(value: Any) -> Any:
+  """The same with all lists as tuples, as dataclasses have them."""
+  if isinstance(value, list):
+    return tuple(tuples(x) for x in value)
+  return value
+
+
+def digest(value: Any) -> str:
+  """A short hash of what JSON can hold."""
+  text = json.dumps(value, sort_keys=True, default=_plain)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+  """What numpy and dataclasses have in place of JSON's own."""
+  if dataclasses.is_dataclass(value):
+    return dataclasses.asdict(value)
+  return value.tolist()
