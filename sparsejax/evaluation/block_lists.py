@@ -123,6 +123,27 @@ def mean_union(blocks_TKM: np.ndarray, tile: int) -> float:
   return float(np.mean(unions))
 
 
+def shares(blocks_LTKM: np.ndarray, block_size: int) -> np.ndarray:
+  """How many of a block's queries, over all key heads, list each key block.
+
+  Returns:
+    From 0 to 1, [layers, query blocks, key blocks]; NaN for blocks that come later. Of a last
+    block that is not whole, of the queries it has.
+  """
+  num_layers, length, num_heads, _ = blocks_LTKM.shape
+  num_blocks = -(-length // block_size)
+  lists = np.sort(blocks_LTKM, axis=-1)
+  # A block that is listed twice counts once.
+  counts = (lists >= 0) & (np.diff(lists, axis=-1, prepend=-1) > 0)
+  layer, query, head, slot = np.nonzero(counts)
+  found = np.zeros((num_layers, num_blocks, num_blocks))
+  np.add.at(found, (layer, query // block_size, lists[layer, query, head, slot]), 1.0)
+  queries = np.minimum(block_size, length - block_size * np.arange(num_blocks))
+  found /= num_heads * queries[None, :, None]
+  later = np.triu(np.ones((num_blocks, num_blocks), bool), 1)
+  return np.where(later, np.nan, found)
+
+
 def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
   """Rows of a table, the header first."""
   header = "layer", *(f"{tile} queries" for tile in TILES), "of blocks"

@@ -112,7 +112,7 @@ def run(
   planned = plan(
     subject, options, modes=modes, budgets=budgets, lengths=lengths, batch_size=batch_size
   )
-  return planned.tell(plans.measure(planned.units, subject))[0]
+  return planned.tell(plans.measure(planned.units, subject)).cells
 
 
 def plan(
@@ -204,7 +204,7 @@ def plan(
         asked.append((preset, part, list(_cells(results, mode, budget, part.seeds))))
         found += asked[-1][2]
       found += _means(asked, mode, budget)
-    return found, markdown.align(rows(found))
+    return plans.Told(found, markdown.align(rows(found)))
 
   return plans.Plan(units, tell)
 

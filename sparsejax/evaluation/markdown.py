@@ -21,3 +21,21 @@ def with_error(value: float, error: float | None, digits: int) -> str:
   """A number with its standard error, where that is known."""
   known = error is not None and not math.isnan(error)
   return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if known else "")
+
+
+def blocks(text: str) -> list[str | list[tuple[str, ...]]]:
+  """What a text has in turn: lines, and tables of `align` as rows, the header first."""
+  found: list[str | list[tuple[str, ...]]] = []
+  for line in text.splitlines():
+    if not line.startswith("|"):
+      if line.strip():
+        found.append(line)
+      # A table ends with its last line, whatever comes next.
+      found.append("")
+    elif not set(line) <= set("|-"):
+      row = tuple(cell.strip() for cell in line.strip("|").split("|"))
+      if found and isinstance(found[-1], list):
+        found[-1].append(row)
+      else:
+        found.append([row])
+  return [block for block in found if block]

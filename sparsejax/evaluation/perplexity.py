@@ -164,7 +164,7 @@ def plan(
 
   def tell(values):
     found = cells(units, values)
-    return found, markdown.align(rows(found))
+    return plans.Told(found, markdown.align(rows(found)))
 
   return plans.Plan(units, tell)
 

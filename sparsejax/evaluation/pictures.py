@@ -27,7 +27,7 @@ def draw_curves(runs: Sequence[Run], path: pathlib.Path) -> None:
 
   Losses of the first quarter of a run's validations may lie above the panel.
   """
-  plt = _pyplot()
+  plt = pyplot()
   figure, axes = plt.subplots(
     *(2, 2), figsize=(12, 7.5), sharex="col", sharey="row", layout="constrained"
   )
@@ -54,7 +54,7 @@ def draw_curves(runs: Sequence[Run], path: pathlib.Path) -> None:
 
 def draw_budgets(runs: Sequence[Run], path: pathlib.Path) -> None:
   """Perplexity against the keys that a query reads; full inference as a line across."""
-  plt = _pyplot()
+  plt = pyplot()
   figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
   shown = [(run, color) for run, color in _colored(runs) if run.cells]
   for run, color in shown:
@@ -72,7 +72,7 @@ def draw_budgets(runs: Sequence[Run], path: pathlib.Path) -> None:
 
 def draw_throughput(cells: Sequence[decode_timing.Cell], path: pathlib.Path) -> None:
   """Tokens per second and per step against the context, a line for each way to decode."""
-  plt = _pyplot()
+  plt = pyplot()
   figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
   ways: dict[tuple, list[decode_timing.Cell]] = {}
   for cell in cells:
@@ -100,7 +100,7 @@ def draw_diagnostics(runs: Sequence[Run], names: Sequence[str], path: pathlib.Pa
     names: of numbers that some run has, in the order of their panels.
     path: to write.
   """
-  plt = _pyplot()
+  plt = pyplot()
   shown = [(run, color) for run, color in _colored(runs) if run.diagnostics]
   num_rows = -(-len(names) // 4)
   figure, axes = plt.subplots(
@@ -139,7 +139,7 @@ def draw_map(
     title: above the map.
     path: to write.
   """
-  plt = _pyplot()
+  plt = pyplot()
   size = 2.5 + 0.9 * len(columns), 1.8 + 0.5 * len(rows)
   figure, axis = plt.subplots(figsize=size, layout="constrained")
   # Colours mean the same in every map, so that modes and budgets compare by eye.
@@ -189,12 +189,12 @@ def _colored(runs: Sequence[Run]):
   # Ten colours that are easily told apart; more runs share out a spectrum.
   if num <= 10:
     return [(run, f"C{number}") for number, run in enumerate(runs)]
-  return list(zip(runs, _pyplot().get_cmap("turbo")(np.linspace(0.0, 1.0, num)), strict=True))
+  return list(zip(runs, pyplot().get_cmap("turbo")(np.linspace(0.0, 1.0, num)), strict=True))
 
 
 def _finish(figure, path: pathlib.Path, shown, styles: dict[str, str]) -> None:
   """Says beside the panels which run has which colour and what lines mean; saves."""
-  plt = _pyplot()
+  plt = pyplot()
   handles = [
     plt.Line2D([], [], color=color, linewidth=3, label=run.name) for run, color in shown
   ]
@@ -216,7 +216,12 @@ def why_none() -> str | None:
   return None
 
 
-def _pyplot():
+def pyplot():
+  """Pyplot, drawing into files wherever it runs.
+
+  Raises:
+    UserError: see `why_none`.
+  """
   if (reason := why_none()) is not None:
     raise errors.UserError(reason)
   import matplotlib

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
-from typing import Any
+import pathlib
+from typing import Any, NamedTuple
 
 from sparsejax.evaluation import subject as subjects
 
@@ -61,11 +62,25 @@ class Plan:
 
   Attributes:
     units: of it.
-    tell: makes an answer of their values: cells, and a table of them as markdown.
+    tell: makes an answer of their values.
   """
 
   units: tuple[Unit, ...]
-  tell: Callable[[Sequence[Any]], tuple[Sequence[Any], str]]
+  tell: Callable[[Sequence[Any]], "Told"]
+
+
+class Told(NamedTuple):
+  """An answer.
+
+  Attributes:
+    cells: dataclasses, one for each line.
+    text: tables of them as markdown.
+    pictures: files that were drawn.
+  """
+
+  cells: Sequence[Any]
+  text: str
+  pictures: tuple[pathlib.Path, ...] = ()
 
 
 def measure(units: Sequence[Unit], subject: subjects.Subject) -> list[Any]:

@@ -19,11 +19,13 @@ class Answer:
     task: name.
     cells: lines of the answer, JSON.
     text: the answer as markdown.
+    pictures: files that were drawn.
   """
 
   task: str
   cells: list[dict[str, Any]]
   text: str
+  pictures: tuple[pathlib.Path, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,24 +86,21 @@ def describe(subject: subjects.Subject) -> dict[str, Any]:
   )
 
 
-def write(
-  task: str, cells: Sequence[Any], text: str, about: dict[str, Any], out: pathlib.Path
-) -> Answer:
+def write(task: str, told: plans.Told, about: dict[str, Any], out: pathlib.Path) -> Answer:
   """Writes `TASK.json` and `TASK.md`.
 
   Args:
     task: name.
-    cells: dataclasses, one for each line of the answer.
-    text: the answer as markdown.
+    told: its answer.
     about: from `describe`.
     out: directory.
   """
-  lines = [dataclasses.asdict(cell) for cell in cells]
+  lines = [dataclasses.asdict(cell) for cell in told.cells]
   out.mkdir(parents=True, exist_ok=True)
   content = dict(task=task, **about, cells=lines)
   (out / f"{task}.json").write_text(json.dumps(content, indent=2) + "\n")
-  (out / f"{task}.md").write_text(text)
-  return Answer(task, plans.as_json(lines), text)
+  (out / f"{task}.md").write_text(told.text)
+  return Answer(task, plans.as_json(lines), told.text, told.pictures)
 
 
 def write_all(

@@ -195,8 +195,7 @@ def _answer(asked: _Asked, book: ledger.Ledger, shown: progress.Progress) -> res
       if unit.samples is not None
       for samples in unit.samples(value)
     ]
-    cells, text = planned.tell(values)
-    answers.append(results.write(task, cells, text, about, asked.out))
+    answers.append(results.write(task, planned.tell(values), about, asked.out))
   # What plans keep of the model gives way to the next one's.
   asked.planned.clear()
   backends = tuple(f"backend of {choice}" for choice in asked.subject.backends)

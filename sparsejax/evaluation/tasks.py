@@ -76,7 +76,7 @@ def _block_lists(subject, request: requests.Request, out):
 
   def tell(values):
     cells = _cells(values, block_lists.Cell)
-    return cells, markdown.align(block_lists.rows(cells))
+    return plans.Told(cells, markdown.align(block_lists.rows(cells)))
 
   unit = plans.Unit(
     key=dict(task="block_lists", data=subject.corpus.fingerprint),
@@ -92,7 +92,7 @@ def _diagnostics(subject, request: requests.Request, out):
 
   def tell(values):
     cells = _cells(values, diagnostics.Cell)
-    return cells, markdown.align(diagnostics.rows(cells))
+    return plans.Told(cells, markdown.align(diagnostics.rows(cells)))
 
   unit = plans.Unit(
     key=dict(task="diagnostics", data=subject.corpus.fingerprint), measure=diagnostics.run
@@ -113,7 +113,7 @@ def _locality(subject, request: requests.Request, out):
 
   def tell(values):
     cells = _cells(values, locality.Cell)
-    return cells, markdown.align(locality.rows(cells))
+    return plans.Told(cells, markdown.align(locality.rows(cells)))
 
   units = []
   for context in request.lengths or (subject.config.data.sequence_length // 2,):
@@ -154,9 +154,9 @@ def _throughput(subject, request: requests.Request, out):
     text = markdown.align(decode_timing.rows(cells))
     # What was measured is not lost for want of a picture.
     if (reason := pictures.why_none()) is not None:
-      return cells, f"{text}\nno picture: {reason}\n"
+      return plans.Told(cells, f"{text}\nno picture: {reason}\n")
     pictures.draw_throughput(cells, out / "throughput.png")
-    return cells, text
+    return plans.Told(cells, text, (out / "throughput.png",))
 
   units = tuple(
     plans.Unit(
@@ -191,7 +191,7 @@ def _needle(subject, request: requests.Request, out):
   def tell(values):
     cells = needles.cells(units, values, request.about_needles)
     maps = needle_tables.draw(cells, out / "needle")
-    return cells, f"{markdown.align(needle_tables.rows(cells))}\n{maps}"
+    return plans.Told(cells, f"{markdown.align(needle_tables.rows(cells))}\n{maps}")
 
   return plans.Plan(units, tell)
 

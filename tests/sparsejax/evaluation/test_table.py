@@ -160,7 +160,7 @@ def asked(monkeypatch):
       calls.append(options)
 
     unit = plans.Unit(key=dict(task="perplexity"), measure=measure)
-    return plans.Plan((unit,), lambda values: (CELLS, TABLE))
+    return plans.Plan((unit,), lambda values: plans.Told(CELLS, TABLE))
 
   monkeypatch.setattr(tasks.perplexity, "plan", plan)
   return calls
