@@ -60,7 +60,11 @@ class Ledger:
       ) from None
     if is_fresh:
       self._file.truncate(0)
-    self._entries = self._read()
+    try:
+      self._entries = self._read()
+    except errors.DataError:
+      self._file.close()
+      raise
 
   def __enter__(self) -> "Ledger":
     return self

@@ -47,6 +47,27 @@ def test_the_task_saves_the_lists_of_every_layer(tmp_path, method):
   assert [cell["layer"] for cell in content["cells"]] == list(range(layers))
   assert content["cells"][1]["unions"][2] == block_lists.mean_union(blocks[1], 8)
   assert f"{content['cells'][0]['unions'][0]:.1f}" in text
+  # From before, as long as the lists are there.
+  again, _ = table.run(request, base.get_config())
+  assert "cells: 0 measured, 1 taken" in again
+  (out / "block_lists.npy").unlink()
+  again, _ = table.run(request, base.get_config())
+  assert "cells: 1 measured, 0 taken" in again
+  np.testing.assert_array_equal(np.load(out / "block_lists.npy"), blocks)
+
+
+def test_shares_are_those_of_plain_counting():
+  """Of 10 tokens in blocks of 4, two heads; the second query lists its own block twice."""
+  blocks_LTKM = np.full((1, 10, 2, 3), -1)
+  blocks_LTKM[0, :, :, 0] = np.arange(10)[:, None] // 4
+  blocks_LTKM[0, 1, 0, 1] = 0
+  blocks_LTKM[0, 5:8, 1, 2] = 0
+  blocks_LTKM[0, 9, :, 1] = 1
+  (shares_TN,) = block_lists.shares(blocks_LTKM, 4)
+  nan = np.nan
+  np.testing.assert_array_equal(
+    shares_TN, [[1.0, nan, nan], [3 / 8, 1.0, nan], [0.0, 2 / 4, 1.0]]
+  )
 
 
 def test_a_method_without_lists_is_refused(tmp_path):

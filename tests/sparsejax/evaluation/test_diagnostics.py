@@ -6,12 +6,12 @@ import pytest
 
 from configs import base
 from sparsejax import errors
+from sparsejax.evaluation import diagnostics, table
 from sparsejax.evaluation import request as requests
-from sparsejax.evaluation import table
 from tests import small
 
 
-def test_the_task_tells_every_layer(tmp_path):
+def test_the_task_tells_every_layer(tmp_path, monkeypatch):
   config = small.make_config(data__sources=("recall",), attention__method="ssa")
   config.data.update(recall_pairs=2, recall_queries=2)
   small.save_checkpoints(tmp_path / "run", config)
@@ -25,6 +25,10 @@ def test_the_task_tells_every_layer(tmp_path):
   assert found["gap"]["layers"] == []
   assert "| full/entropy " in text
   assert f"{entropy['layers'][1]:.4f}" in text
+  monkeypatch.setattr(diagnostics.look, "make", None)
+  again, _ = table.run(request, base.get_config())
+  assert "cells: 0 measured, 1 taken" in again
+  assert again.partition("\ncells: ")[0] == text.partition("\ncells: ")[0]
 
 
 def test_without_rows_to_look_at_it_is_refused(tmp_path, monkeypatch):

@@ -204,7 +204,13 @@ def written(workdir):
       kinds=("single", "mqar"), depths=(0, 100), num_questions=3, seed=5
     ),
   )
-  return table.run(request, base.get_config())
+  text, out = table.run(request, base.get_config())
+  # A second time, nothing is measured.
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(answers, "greedy", None)
+    again, _ = table.run(request, base.get_config())
+  assert again.partition("\ncells: ")[0] == text.partition("\ncells: ")[0]
+  return text, out
 
 
 def test_the_task_end_to_end(written):

@@ -1,0 +1,159 @@
+"""Two checkpoints on the same samples: differences, errors and p by hand; and refusals."""
+
+import math
+import pathlib
+import types
+
+import numpy as np
+import pytest
+
+from sparsejax import errors
+from sparsejax.evaluation import compare, perplexity, plans
+from sparsejax.evaluation.needles import task as needles
+
+
+def samples(sums, weights=(1.0, 1.0, 1.0, 1.0), **changes):
+  about = dict(what="web", mode="sparse", budget=64, metric="loss (nats/token)", asked="")
+  return plans.Samples(sums=tuple(sums), weights=tuple(weights), **about | changes)
+
+
+def test_a_mean_of_samples_has_the_error_of_a_paired_t():
+  mine, theirs = np.array([1.0, 0.0, 1.0, 1.0, 0.0]), np.array([0.0, 0.0, 1.0, 0.0, 1.0])
+  difference, error, z, _ = compare.paired(mine, theirs, np.ones(5))
+  more = mine - theirs
+  assert difference == pytest.approx(0.2)
+  assert error == pytest.approx(more.std(ddof=1) / math.sqrt(5))
+  assert z == pytest.approx(difference / error)
+  # 1.96 errors are at 5% of a normal distribution.
+  assert compare.paired(*_at(1.959964), np.ones(4))[3] == pytest.approx(0.05, rel=1e-5)
+  assert compare.paired(*_at(-2.575829), np.ones(4))[3] == pytest.approx(0.01, rel=1e-5)
+
+
+def _at(z):
+  """Samples whose differences have the mean z and the error 1."""
+  spread = np.array([1.0, 1.0, -1.0, -1.0]) * math.sqrt(3)
+  return 5.0 + z + spread, np.full(4, 5.0)
+
+
+def test_what_makes_samples_hard_for_both_is_not_in_the_error():
+  hard = np.array([100.0, -300.0, 700.0, 0.0])
+  mine, theirs = _at(2.0)
+  difference, error, _, _ = compare.paired(hard + mine, hard + theirs, np.ones(4))
+  assert (difference, error) == pytest.approx((2.0, 1.0))
+
+
+def test_rows_of_different_lengths_are_weighed():
+  """Nats per token, of rows of 4, 2 and 2 tokens; the error is that of a ratio."""
+  weights = np.array([4.0, 2.0, 2.0])
+  difference, error, _, _ = compare.paired([8.0, 5.0, 4.0], [4.0, 4.0, 3.0], weights)
+  assert difference == pytest.approx(6 / 8)
+  residual = np.array([4.0, 1.0, 1.0]) - 6 / 8 * weights
+  assert error == pytest.approx(math.sqrt((residual**2).sum() * 3 / 2) / 8)
+
+
+def test_without_spread_there_is_no_test():
+  ones = np.ones(3)
+  assert compare.paired([1.0], [3.0], [1.0]) == (-2.0, None, None, None)
+  assert compare.paired([5.0] * 3, [5.0] * 3, ones) == (0.0, 0.0, None, 1.0)
+  # In binary, what is left of 0.1 is not nothing.
+  assert compare.paired([0.3] * 3, [0.2] * 3, ones)[1:] == (0.0, None, None)
+
+
+def test_lines_are_of_the_same_samples():
+  found = compare.differences(
+    "perplexity",
+    "a",
+    [samples([1.0, 2.0, 3.0, 4.0]), samples([0.0] * 4, mode="full", budget=None)],
+    "b",
+    [samples([1.0] * 4, mode="full", budget=None), samples([1.0, 1.0, 1.0, 1.0])],
+  )
+  assert [(x.mode, x.budget, x.value, x.reference_value, x.difference) for x in found] == [
+    ("sparse", 64, 2.5, 1.0, 1.5),
+    ("full", None, 0.0, 1.0, -1.0),
+  ]
+  assert (found[0].task, found[0].run, found[0].reference) == ("perplexity", "a", "b")
+  assert found[0].num_samples == 4
+  header, first, second = compare.rows(found)
+  assert first[9:] == ("+1.5000 ± 0.6455", "+2.32", "0.02", "4")
+  assert second[9:] == ("-1.0000 ± 0.0000", "-", "-", "4")
+  assert len(header) == len(first)
+
+
+@pytest.mark.parametrize(
+  "other",
+  [
+    samples([1.0] * 4, asked="0ther"),
+    samples([1.0] * 4, weights=(1.0, 1.0, 1.0, 2.0)),
+    samples([1.0] * 3, weights=(1.0,) * 3),
+    samples([1.0] * 4, budget=32),
+  ],
+)
+def test_lines_of_other_samples_are_refused(other):
+  with pytest.raises(errors.DataError, match="a and b cannot be compared in needle of web"):
+    compare.differences("needle", "a", [samples([1.0] * 4)], "b", [other])
+
+
+def subject(name, tokenizer="bytes"):
+  corpus = types.SimpleNamespace(tokenizer=types.SimpleNamespace(fingerprint=tokenizer))
+  return types.SimpleNamespace(path=pathlib.Path(name), corpus=corpus)
+
+
+def unit(**key):
+  about = dict(task="perplexity", source="web", data="d1", mode="sparse", budget=64)
+  return plans.Unit(key=about | key, measure=None, samples=lambda value: [])
+
+
+@pytest.mark.parametrize(
+  ("tokenizer", "other", "kind", "message"),
+  [
+    (
+      "bpe",
+      unit(data="d2"),
+      errors.DataError,
+      r"tokenizers differ \(bytes and bpe\)",
+    ),
+    ("bytes", unit(data="d2"), errors.DataError, r"differ in data; name the same --sources"),
+    ("bytes", unit(budget=48), errors.ConfigError, r"different budgets.*name --budgets"),
+  ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
+  tokenizer, other, kind, message
+):
+  mine, theirs = subject("runs/a"), subject("runs/b", tokenizer)
+  full = unit(mode="full", budget=None)
+  with pytest.raises(kind, match=rf"runs/a and runs/b .*{message}"):
+    compare.check(mine, [full, unit()], theirs, [full, other])
+  compare.check(mine, [full, unit()], theirs, [unit(), full])
+
+
+def test_samples_of_perplexity_are_rows():
+  value = dict(nll=[2.0, 6.0], hits=[0, 1], num_tokens=[4.0, 8.0], num_bytes=[5.0, 11.0])
+  loss, bits = perplexity._samples(value, source="web", mode="full", budget=None)
+  assert (loss.sums, loss.weights) == ((2.0, 6.0), (4.0, 8.0))
+  assert bits.sums == (2.0 / math.log(2), 6.0 / math.log(2))
+  assert (bits.metric, bits.weights) == ("bits/byte", (5.0, 11.0))
+  (loss,) = perplexity._samples(
+    value | dict(num_bytes=[0.0, 0.0]), source="web", mode="full", budget=None
+  )
+  assert (loss.what, loss.mode, loss.metric) == ("web", "full", "loss (nats/token)")
+
+
+def test_samples_of_needles_are_questions_whatever_the_depth():
+  """At another depth it is the same question, which is no further sample."""
+  settings = needles.Settings(kinds=("single", "mqar"), depths=(0, 100), num_questions=3)
+  value = dict(
+    accuracy=[1, 0, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1],
+    nll=[1, 2, 3, 4, 5, 6, 0, 0, 0, 1, 1, 1],
+    hits=[0] * 12,
+    num_tokens=[2] * 12,
+  )
+  found = needles._samples(value, settings=settings, length=256, mode="sparse", budget=16)
+  assert [(x.what, x.metric.partition(" ")[0]) for x in found] == [
+    ("single, 256 tokens", "accuracy"),
+    ("single, 256 tokens", "loss"),
+    ("mqar, 256 tokens", "accuracy"),
+    ("mqar, 256 tokens", "loss"),
+  ]
+  assert (found[0].sums, found[0].weights) == ((1.0, 0.0, 0.5), (1.0, 1.0, 1.0))
+  assert (found[1].sums, found[1].weights) == ((5.0, 7.0, 9.0), (4.0, 4.0, 4.0))
+  assert found[2].sums == (0.5, 0.5, 0.5)
