@@ -11,6 +11,8 @@ from sparsejax.evaluation import block_lists, table
 from sparsejax.evaluation import request as requests
 from tests import small
 
+pytestmark = pytest.mark.usefixtures("plain_report")
+
 
 def test_unions_are_those_of_plain_sets():
   rng = np.random.default_rng(0)

@@ -10,6 +10,8 @@ from sparsejax.evaluation import diagnostics, table
 from sparsejax.evaluation import request as requests
 from tests import small
 
+pytestmark = pytest.mark.usefixtures("plain_report")
+
 
 def test_the_task_tells_every_layer(tmp_path, monkeypatch):
   config = small.make_config(data__sources=("recall",), attention__method="ssa")

@@ -14,6 +14,8 @@ from sparsejax.evaluation import subject as subjects
 from tests import small
 from tests.sparsejax.evaluation import harness_files
 
+pytestmark = pytest.mark.usefixtures("plain_report")
+
 
 def need_harness():
   return pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'sparsejax[eval]'")

@@ -22,6 +22,8 @@ from sparsejax.evaluation import request as requests
 from sparsejax.evaluation import subject as subjects
 from tests import small
 
+pytestmark = pytest.mark.usefixtures("plain_report")
+
 BUDGETS = (16, 32)
 LENGTH = 64
 

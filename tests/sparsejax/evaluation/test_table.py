@@ -18,6 +18,8 @@ from sparsejax.evaluation import request as requests
 from sparsejax.evaluation import subject as subjects
 from tests import small
 
+pytestmark = pytest.mark.usefixtures("plain_report")
+
 CELLS = [
   perplexity.Cell("web", "unigram", None, 3.0, None, 20.0855, None, None, None, None),
   perplexity.Cell("web", "full", None, 2.0, 0.01, 7.38906, 0.0739, 0.98765, 0.4321, 12345),

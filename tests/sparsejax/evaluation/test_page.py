@@ -1,0 +1,325 @@
+"""The report: every cell is in it, it reads as HTML, and nothing is fetched."""
+
+import html.parser
+import itertools
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from sparsejax.evaluation import (
+  block_lists,
+  compare,
+  curves,
+  diagnostics,
+  harness,
+  locality,
+  markdown,
+  page,
+  perplexity,
+  plans,
+  results,
+)
+from sparsejax.evaluation.needles import show
+from sparsejax.evaluation.needles import task as needles
+
+WAYS = (("full", None), ("sparse", 64), ("sparse", 128))
+NEVER_CLOSED = {"meta", "img", "br"}
+
+
+def numbers():
+  """Values that differ from each other in the digits that tables show."""
+  return (0.1 + 0.0123 * n for n in itertools.count())
+
+
+def make_cells(kinds):
+  """Of every task cells with values of their own, as dataclasses, and their rows."""
+  new = numbers()
+  take = lambda: next(new)  # noqa: E731
+  return {
+    "perplexity": (
+      [
+        perplexity.Cell(
+          "web",
+          mode,
+          budget,
+          take(),
+          take(),
+          take(),
+          take(),
+          take(),
+          take(),
+          1000,
+          take(),
+          0.01,
+        )
+        for mode, budget in WAYS
+      ],
+      perplexity.rows,
+    ),
+    "needle": (
+      [
+        needles.Cell(
+          kind=kind,
+          haystack="noise",
+          mode=mode,
+          budget=budget,
+          length=length,
+          depth=depth,
+          accuracy=take() % 1,
+          accuracy_se=0.125,
+          loss=take(),
+          top1=take() % 1,
+          num_questions=4,
+        )
+        for kind in kinds
+        for mode, budget in WAYS
+        for length in (256, 512)
+        for depth in (0, 100)
+      ],
+      show.rows,
+    ),
+    "diagnostics": (
+      [
+        diagnostics.Cell("full/entropy", take(), (take(), None)),
+        diagnostics.Cell("gap", take(), ()),
+      ],
+      diagnostics.rows,
+    ),
+    "lm_eval": (
+      [
+        harness.Cell("piqa", "acc", take(), 0.01, None, mode, budget, 100, 3)
+        for mode, budget in WAYS
+      ],
+      harness.rows,
+    ),
+    "locality": (
+      [
+        locality.Cell(
+          context=64,
+          spare=spare,
+          misses=take(),
+          most_misses=3,
+          hit_rate=take(),
+          gamma=take(),
+          least_gamma=take(),
+          bound=None,
+          misses_by_layer=((1.0,),),
+        )
+        for spare in (0, 16)
+      ],
+      locality.rows,
+    ),
+    "block_lists": (
+      [block_lists.Cell(layer, (1.0, take(), take(), take()), 4) for layer in range(2)],
+      block_lists.rows,
+    ),
+  }
+
+
+def make_checkpoint(name, out, kinds=("single", "multi_key"), **about):
+  about = (
+    dict(
+      run=name,
+      step=7,
+      method="ssa",
+      parameters="0123abcd",
+      rope_scaling=dict(rope_type="default", factor=4.0, original_max_position_embeddings=8192),
+      changes={},
+      environment=dict(time="now", commit="abc", device="cpu", num_devices=1),
+      backends=dict(attention="xla"),
+      config={"data.sequence_length": 512, "attention.block_size": 8, "odd": "<b>&"},
+    )
+    | about
+  )
+  out.mkdir(parents=True)
+  rng = np.random.default_rng(0)
+  own = np.arange(32)[None, :, None, None] // 8
+  lists_LTKM = np.minimum(rng.integers(4, size=(2, 32, 2, 3)), own)
+  np.save(out / "block_lists.npy", lists_LTKM)
+  answers = []
+  for task, (cells, rows) in make_cells(kinds).items():
+    told = plans.Told(cells, f"{markdown.align(rows(cells))}\nwhere <it> is\n")
+    answers.append(results.write(task, told, about, out))
+  return results.Checkpoint(
+    name, about, ("backend of attention: xla (a & b)",), out, tuple(answers)
+  )
+
+
+class Reader(html.parser.HTMLParser):
+  """Checks that tags close, and gathers cells of tables and what would be fetched."""
+
+  def __init__(self):
+    super().__init__()
+    self.open, self.cells, self.sources, self.text = [], [], [], ""
+
+  def handle_starttag(self, tag, attrs):
+    self.sources += [value for name, value in attrs if name in ("src", "href")]
+    if tag not in NEVER_CLOSED:
+      self.open.append(tag)
+    if tag in ("td", "th"):
+      self.cells.append("")
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.text += data
+    if self.open and self.open[-1] in ("td", "th"):
+      self.cells[-1] += data
+
+
+def read(path):
+  reader = Reader()
+  reader.feed(path.read_text())
+  assert reader.open == []
+  return reader
+
+
+DIFFERENCE = compare.Difference(
+  task="perplexity",
+  what="web",
+  mode="full",
+  budget=None,
+  metric="loss (nats/token)",
+  run="a",
+  reference="b",
+  value=2.5,
+  reference_value=2.25,
+  difference=0.25,
+  se=0.0625,
+  z=4.0,
+  p=6.3e-5,
+  num_samples=100,
+)
+
+
+def make_count(path, **changes):
+  about = dict(taken=3, measured=4, commits=("0ld",), path=path / "cells.jsonl")
+  return results.Count(**about | changes)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+  out = tmp_path_factory.mktemp("out")
+  found = [make_checkpoint("a", out / "a"), make_checkpoint("b <i>", out / "b")]
+  counts = [make_count(out), make_count(out, taken=0, commits=())]
+  text = results.write_all(found, [DIFFERENCE], counts, out)
+  page.write(found, [DIFFERENCE], counts, out)
+  return out, found, text
+
+
+def test_every_cell_is_in_the_report_and_in_the_markdown(written):
+  out, found, text = written
+  reader = read(out / "report.html")
+  for checkpoint in found:
+    for answer in checkpoint.answers:
+      rows = [block for block in markdown.blocks(answer.text) if isinstance(block, list)]
+      flat = [cell for row in rows[0] for cell in row]
+      # In their order, side by side.
+      joined = "\x00".join(reader.cells)
+      assert "\x00".join(flat) in joined
+      assert answer.text in text
+      assert answer.text in (out / "results.md").read_text()
+  for task, (cells, rows) in make_cells(("single", "multi_key")).items():
+    for row in rows(cells):
+      assert set(row) <= set(reader.cells), task
+  assert {"+0.2500 ± 0.0625", "+4.00", "6.3e-05"} <= set(reader.cells)
+
+
+def test_a_number_of_every_cell_is_in_the_report(written):
+  """Not by the tables' own words: by each value that was put into the cells."""
+  out, _, _ = written
+  shown = re.findall(r"\d+\.\d+", " ".join(read(out / "report.html").cells))
+  known = {float(x) for x in shown}
+
+  def is_shown(value):
+    near = (round(value, digits) for digits in (2, 3, 4))
+    return any(x in known for x in (*near, round(100 * value, 1)))
+
+  names = dict(
+    perplexity=("loss", "perplexity", "gap"),
+    needle=("accuracy",),
+    diagnostics=("value",),
+    lm_eval=("value",),
+    locality=("misses", "gamma"),
+  )
+  for task, (cells, _) in make_cells(("single", "multi_key")).items():
+    for cell in cells:
+      for name in names.get(task, ()):
+        assert is_shown(getattr(cell, name)), (task, name, cell)
+
+
+def test_nothing_is_fetched_and_pictures_are_inside(written):
+  out, _, _ = written
+  text = (out / "report.html").read_text()
+  reader = read(out / "report.html")
+  pictures = [source for source in reader.sources if not source.startswith("#")]
+  assert all(source.startswith("data:image/png;base64,iVBOR") for source in pictures)
+  # Perplexity, its gaps, needles by budget, length and depth twice, lm_eval, layers, cache,
+  # lists twice.
+  assert len(pictures) == 2 + 2 + 2 + 1 + 1 + 1 + 2
+  assert not re.search(r"https?://|<script|@import|<link", text)
+
+
+def test_names_and_configs_are_text_and_no_markup(written):
+  out, _, _ = written
+  text = (out / "report.html").read_text()
+  assert "b &lt;i&gt;" in text
+  assert "<i>" not in text
+  assert "&lt;b&gt;&amp;" in text
+  reader = read(out / "report.html")
+  assert "where <it> is" in reader.text
+  assert "cells: 4 measured, 3 taken from before" in reader.text
+  assert "of the latter some are of commit 0ld" in reader.text
+
+
+def test_all_is_in_the_json(written):
+  out, found, _ = written
+  content = json.loads((out / "results.json").read_text())
+  assert [x["name"] for x in content["checkpoints"]] == ["a", "b <i>"]
+  for x, checkpoint in zip(content["checkpoints"], found, strict=True):
+    assert x["tasks"] == {answer.task: answer.cells for answer in checkpoint.answers}
+    assert x["parameters"] == "0123abcd"
+  assert content["differences"][0]["p"] == 6.3e-5
+  assert [x["taken"] for x in content["cells"]] == [3, 0]
+
+
+def test_without_matplotlib_there_is_a_report_without_pictures(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  page.write([make_checkpoint("a", tmp_path / "a")], [], [make_count(tmp_path)], tmp_path)
+  reader = read(tmp_path / "report.html")
+  assert "There are no pictures: pictures need the package matplotlib" in reader.text
+  assert [x for x in reader.sources if not x.startswith("#")] == []
+
+
+def test_a_text_falls_into_lines_and_tables():
+  rows = [("a", "bb"), ("-", "2"), ("", "---")]
+  text = f"before\n\n{markdown.align(rows)}\nbetween\n{markdown.align(rows[:2])}"
+  assert markdown.blocks(text) == ["before", rows, "between", rows[:2]]
+
+
+def test_lines_are_drawn_where_their_values_are(monkeypatch):
+  """A line over x in order, a level across, colours by key."""
+  seen = {}
+
+  def keep(plt, figure):
+    axis = figure.axes[0]
+    for line in axis.lines:
+      xs, ys = (np.asarray(x).tolist() for x in line.get_data())
+      seen[tuple(ys)] = (xs, line.get_color(), line.get_linestyle())
+    plt.close(figure)
+    return b""
+
+  monkeypatch.setattr(curves, "_png", keep)
+  lines = [
+    curves.Line("a, sparse", "a", (128, 64), (2.0, 3.0)),
+    curves.Line("a, full", "a", (None,), (1.5,)),
+    curves.Line("b, sparse", "b", (64,), (4.0,), (0.5,)),
+  ]
+  curves.draw({"web": lines}, x="budget", y="loss")
+  assert seen[3.0, 2.0][0] == [64, 128]
+  assert seen[1.5, 1.5][2] == ":"
+  assert seen[3.0, 2.0][1] == seen[1.5, 1.5][1] != seen[4.0,][1]
