@@ -1,10 +1,13 @@
-"""Evaluates a checkpoint.
+"""Evaluates checkpoints.
 
   python eval.py --workdir=runs/smoke
   python eval.py --workdir=runs/smoke --modes=full,sparse --budgets=32,64,128
   python eval.py --workdir=runs/a --tasks=needle --lengths=1024,2048,4096 --budgets=256,512
+  python eval.py --workdir=runs/a,runs/b --compare=runs/full --tasks=perplexity,needle \
+    --budgets=64,128,256,512 --out=results/mine
 
-Prints a table and saves it, with everything it depends on, in WORKDIR/eval/STEP.
+Prints tables and saves them, with everything they depend on and report.html, in --out or
+WORKDIR/eval/STEP. A command that was interrupted goes on where it was when it is given again.
 """
 
 import math

@@ -56,6 +56,8 @@ from tests.end_to_end import programs
     ),
     ("eval.py", [], "name the --workdir"),
     ("eval.py", ["--workdir=no/such/run"], "no/such/run holds no checkpoint"),
+    ("eval.py", ["--workdir=w,v"], "2 checkpoints have one table; .* with --out"),
+    ("eval.py", ["--workdir=w", "--rope_scaling=yarn"], "unknown --rope_scaling 'yarn'"),
     (
       "eval.py",
       ["--workdir=w", "--tasks=lm_eval", "--lm_eval_tasks=piqa", "--lm_eval_path=no/where"],

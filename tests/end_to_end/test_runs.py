@@ -4,7 +4,6 @@ One file, because a file's tests share a process and with it the run that nobody
 """
 
 import json
-import pathlib
 import re
 import signal
 import sys
@@ -169,8 +168,9 @@ def test_the_table_of_perplexities(environment, uninterrupted, tmp_path):
   assert {("full", "-"), ("sparse", "16"), ("sparse", "64"), ("unigram", "-")} <= set(by_name)
   # Every block allowed is full attention.
   assert by_name["sparse", "64"][3] == by_name["full", "-"][3]
-  (saved,) = pathlib.Path(tmp_path / "out").glob("*.json")
+  saved = tmp_path / "out" / "perplexity.json"
   assert {"versions", "device", "commit"} <= set(json.loads(saved.read_text())["environment"])
+  assert "data:image/png;base64," in (tmp_path / "out" / "report.html").read_text()
   refused = programs.call([*command, "--kernels=strict"], environment)
   programs.assert_one_error(refused, "no GPU kernel can run full_attention.*--kernels=auto")
 
