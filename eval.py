@@ -17,10 +17,12 @@ from absl import app, flags
 
 from configs import base
 from sparsejax import command_line, errors
+from sparsejax.data import documents
 from sparsejax.evaluation import extrapolation, harness, table
 from sparsejax.evaluation import request as requests
 from sparsejax.evaluation.needles import haystacks
 from sparsejax.evaluation.needles import task as needles
+from sparsejax.evaluation.protocols import settings as protocols
 
 WORKDIR = flags.DEFINE_list(
   "workdir", [], "What train.py wrote, or one checkpoint of it; or several of these."
@@ -47,8 +49,34 @@ KERNELS = flags.DEFINE_string(
 LENGTHS = flags.DEFINE_list(
   "lengths",
   [],
-  "Contexts of locality and throughput, in tokens (half of a row if none); questions of needle "
-  "(a row if none), and of texts that RULER makes.",
+  "Contexts of locality and throughput, in tokens (half of a row if none); windows of "
+  "perplexity and questions of needle (a row if none), and texts that RULER makes.",
+)
+PROTOCOL = flags.DEFINE_string(
+  "protocol",
+  "rows",
+  "How perplexity reads: rows, packed as in training; sliding windows over all text; "
+  "documents, each by itself; or as papers have it: pg19, wikitext (perplexity per word).",
+)
+CORPUS = flags.DEFINE_list(
+  "corpus",
+  [],
+  "Text that perplexity is of: files and folders, as data.prepare reads them, or what it made.",
+)
+STRIDE = flags.DEFINE_integer(
+  "stride", None, "Tokens between windows of perplexity; the protocol's own if none."
+)
+DECODE = flags.DEFINE_bool(
+  "decode", False, "Whether perplexity is of decoding with a cache, not of a forward pass."
+)
+TEXT_KEY = flags.DEFINE_string(
+  "text_key", "text", "Field of a JSON line, or column of a table, with the text of --corpus."
+)
+SEPARATOR = flags.DEFINE_string(
+  "separator", "", "String between the documents of one text file of --corpus."
+)
+BAD_UTF8 = flags.DEFINE_string(
+  "on_bad_utf8", "fail", "What becomes of a document of --corpus: fail, skip or replace."
 )
 STEPS = flags.DEFINE_integer("num_steps", 128, "Tokens after a context.")
 SPARE = flags.DEFINE_list(
@@ -115,6 +143,15 @@ def main(arguments: list[str]) -> int:
     num_steps=STEPS.value,
     spare=_numbers(SPARE),
     kv_gib=_sizes(KV_GIB),
+    about_perplexity=protocols.Settings(
+      protocol=PROTOCOL.value,
+      corpus=tuple(CORPUS.value),
+      reading=documents.Options(
+        text_key=TEXT_KEY.value, separator=SEPARATOR.value, on_bad_utf8=BAD_UTF8.value
+      ),
+      stride=STRIDE.value,
+      decode=DECODE.value,
+    ),
     about_needles=needles.Settings(
       kinds=tuple(KINDS.value),
       haystack=HAYSTACK.value,

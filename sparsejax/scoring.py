@@ -33,6 +33,24 @@ def make_score(
 ) -> Callable[[dict, data.Batch], tuple[jax.Array, jax.Array]]:
   """Returns a jitted `score(params, batch) -> (nll_B, hits_B)` under one stream."""
 
+  score_tokens = make_token_score(transformer, stream, chunk_length)
+
+  @jax.jit
+  def score(params, batch):
+    nll_BT, is_hit_BT = score_tokens(params, batch)
+    return (nll_BT * batch.weights).sum(-1), (is_hit_BT * batch.weights).sum(-1)
+
+  return score
+
+
+def make_token_score(
+  transformer: model.Transformer, stream: method.Stream, chunk_length: int
+) -> Callable[[dict, data.Batch], tuple[jax.Array, jax.Array]]:
+  """Returns a jitted `score(params, batch) -> (nll_BT, is_hit_BT)` under one stream.
+
+  Whatever weights say, every target is scored: nats, and whether its logit is the largest.
+  """
+
   @jax.jit
   def score(params, batch):
     output = transformer.apply(
@@ -41,8 +59,7 @@ def make_score(
     predictions = losses.next_token(
       output.hidden_BTE, model.unembedding(params), batch.targets, chunk_length=chunk_length
     )
-    nll_B = (predictions.nll * batch.weights).sum(-1)
-    return nll_B, (predictions.is_hit * batch.weights).sum(-1)
+    return predictions.nll, predictions.is_hit
 
   return score
 

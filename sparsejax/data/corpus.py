@@ -293,7 +293,7 @@ def _open(
     buckets=(train,) if buckets is None else _sort(name, directory, manifest, form, buckets),
     fingerprint=manifest.fingerprint,
     tokenizer=tokenizer,
-    bytes_per_id=_bytes_per_id(tokenizer, manifest),
+    bytes_per_id=bytes_per_id(tokenizer, manifest),
   )
 
 
@@ -333,7 +333,8 @@ def _sort(
   )
 
 
-def _bytes_per_id(tokenizer: tokenizers.Tokenizer, manifest: shards.Manifest) -> np.ndarray:
+def bytes_per_id(tokenizer: tokenizers.Tokenizer, manifest: shards.Manifest) -> np.ndarray:
+  """UTF-8 bytes that each id of prepared text stands for; see `Source`."""
   table = tokenizer.bytes_per_id()
   if table is None:
     files = manifest.splits["validation"] or manifest.splits["train"]

@@ -23,6 +23,8 @@ TEXT = (
 )
 # fmt: on
 
+ON_BAD_UTF8 = ("fail", "skip", "replace")
+
 # A text file is read, split and tokenized in pieces of this many bytes.
 READ_BYTES = 2**20
 # A plain .jsonl file is divided among processes at this size.

@@ -15,7 +15,7 @@ equal documents land on the same side, whatever file they are in.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import concurrent.futures
 import dataclasses
 import functools
@@ -208,16 +208,16 @@ def _sample(units, settings: Settings) -> Iterator[str]:
 def _documents(unit, settings: Settings, counts: documents.Counts):
   for part in unit:
     for pieces in documents.read(part, settings.reading, counts):
-      yield _at_line_ends(pieces)
+      yield at_line_ends(pieces, PIECE_CHARACTERS)
 
 
-def _at_line_ends(pieces: Iterator[str]) -> Iterator[str]:
-  """The same text in pieces that end, where they can, with a line."""
+def at_line_ends(pieces: Iterable[str], size: int) -> Iterator[str]:
+  """The same text in pieces of `size` characters at most that end, if they can, with a line."""
   rest = ""
   for piece in pieces:
     rest += piece
-    while len(rest) > PIECE_CHARACTERS:
-      cut = rest.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS
+    while len(rest) > size:
+      cut = rest.rfind("\n", 0, size) + 1 or size
       yield rest[:cut]
       rest = rest[cut:]
   if rest:
@@ -392,7 +392,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--on_bad_utf8",
-    choices=("fail", "skip", "replace"),
+    choices=documents.ON_BAD_UTF8,
     default=default.reading.on_bad_utf8,
   )
   parser.add_argument("--workers", type=int, default=os.cpu_count())

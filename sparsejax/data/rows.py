@@ -16,6 +16,7 @@ class PackedRows:
   """The rows of a split, as a random-access sequence.
 
   Attributes:
+    records: what is packed.
     max_documents: documents in the row that has the most.
   """
 
@@ -38,7 +39,7 @@ class PackedRows:
       lengths: of the documents that are packed, in tokens: from the first number on and below
         the second; None takes all. There must be such documents.
     """
-    self._records = records
+    self.records = records
     self._length = sequence_length
     self._ignore_first_tokens = ignore_first_tokens
     # Records in stream order: documents are permuted, the records of one stay together.
@@ -59,6 +60,11 @@ class PackedRows:
   def num_tokens(self) -> int:
     return int(self._end_R[-1])
 
+  def borders(self) -> np.ndarray:
+    """Where documents begin in the stream, and behind them where it ends, [M + 1]."""
+    begin_R = self._end_R - self.records.tokens_R[self._record_R]
+    return np.append(begin_R[self._opens_R], self._end_R[-1])
+
   def __len__(self) -> int:
     # Every token but the first of the stream is a target once.
     return max(1, -(-(self.num_tokens - 1) // self._length))
@@ -68,16 +74,16 @@ class PackedRows:
       raise IndexError(row)
     start = row * self._length
     # One token more than a row, to be the last target.
-    tokens, opens = self._read(start, min(start + self._length + 1, self.num_tokens))
+    tokens, opens = self.read(start, min(start + self._length + 1, self.num_tokens))
     return make_row(tokens, opens, self._length, self._ignore_first_tokens)
 
-  def _read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+  def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens `[start, stop)` of the stream, and which of them open a document."""
     tokens, opens = [], []
     place = int(np.searchsorted(self._end_R, start, side="right"))
     while start < stop:
       record_end = int(self._end_R[place])
-      record = self._records[self._record_R[place]]
+      record = self.records[self._record_R[place]]
       record_start = record_end - len(record)
       piece = record[start - record_start : stop - record_start]
       is_open = np.zeros(len(piece), bool)
@@ -89,7 +95,7 @@ class PackedRows:
     return np.concatenate(tokens), np.concatenate(opens)
 
   def _count_documents(self) -> int:
-    opens_at = (self._end_R - self._records.tokens_R[self._record_R])[self._opens_R]
+    opens_at = (self._end_R - self.records.tokens_R[self._record_R])[self._opens_R]
     # The last token of the stream is a target only, and opens no row.
     opens_at = opens_at[opens_at < self.num_tokens - 1]
     per_row = np.bincount(opens_at // self._length, minlength=len(self))

@@ -4,19 +4,17 @@ Letters: B rows, T tokens.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 import tqdm
 
 from sparsejax import attention, errors, model, scoring
 from sparsejax.attention import method
 from sparsejax.data import batch as data
-
-# Rows shorter than this share one program with those that are as long.
-_SHORTEST = 64
+from sparsejax.evaluation import row_batches
+from sparsejax.evaluation.protocols import windows
 
 
 class Pair(NamedTuple):
@@ -70,7 +68,9 @@ class Scorer:
     self._params, self._mesh, self._rows = params, mesh, rows
     self._score = scoring.make_score(transformer, stream, chunk_length)
     options = transformer.options
-    self.lengths = row_lengths(max_length, options.block_size, attention.dense_length(options))
+    self.lengths = row_batches.row_lengths(
+      max_length, options.block_size, attention.dense_length(options)
+    )
 
   def __call__(self, pairs: Sequence[Pair], *, progress: bool = False) -> list[Likelihood]:
     """Scores continuations, in the order given.
@@ -86,8 +86,13 @@ class Scorer:
       _check(pair, number, self.max_length)
     found: list[Likelihood | None] = [None] * len(pairs)
     with tqdm.tqdm(total=len(pairs), desc="log-likelihoods", disable=not progress) as bar:
-      for length, numbers in self._batches(pairs):
-        batch_size = self._batch_size(length, len(numbers))
+      batches = row_batches.by_length(
+        [self._length(pair) for pair in pairs],
+        max_length=self.max_length,
+        rows=self._rows,
+        num_devices=self._mesh.size,
+      )
+      for length, numbers, batch_size in batches:
         scores = scoring.score_rows(
           self._score,
           self._params,
@@ -104,49 +109,10 @@ class Scorer:
         bar.update(len(numbers))
     return found
 
-  def _batches(self, pairs) -> Iterator[tuple[int, list[int]]]:
-    """Lengths and numbers of the pairs that are scored together, the longest rows first.
-
-    What does not fit in memory then fails at once.
-    """
-    groups: dict[int, list[int]] = {}
-    for number, pair in enumerate(pairs):
-      needed = min(len(pair.context) + len(pair.continuation) - 1, self.max_length)
-      length = self.lengths[bisect.bisect_left(self.lengths, needed)]
-      groups.setdefault(length, []).append(number)
-    for length, numbers in sorted(groups.items(), reverse=True):
-      size = self._most_rows(length)
-      for start in range(0, len(numbers), size):
-        yield length, numbers[start : start + size]
-
-  def _most_rows(self, length: int) -> int:
-    """Rows of a length that take about the memory of `rows` of the longest; whole devices."""
-    rows = self._rows * self.max_length // length
-    return -(-rows // self._mesh.size) * self._mesh.size
-
-  def _batch_size(self, length: int, count: int) -> int:
-    """Rows of a batch that few pairs are left for: a power of two of rows per device."""
-    each = 1 << (-(-count // self._mesh.size) - 1).bit_length()
-    return min(each * self._mesh.size, self._most_rows(length))
-
-
-def row_lengths(max_length: int, block_size: int, dense_length: int = 0) -> list[int]:
-  """Lengths that rows are padded to, ascending: whole blocks, doubled up to `max_length`.
-
-  Args:
-    max_length: the last of them.
-    block_size: tokens of a block.
-    dense_length: rows of fewer tokens run the full stream (InfLLM-V2). The longest that do are
-      a length of their own, lest padding make a short row sparse.
-  """
-  length = -(-_SHORTEST // block_size) * block_size
-  lengths = {max_length}
-  while length < max_length:
-    lengths.add(length)
-    length *= 2
-  if 1 < dense_length <= max_length:
-    lengths.add(dense_length - 1)
-  return sorted(lengths)
+  def _length(self, pair: Pair) -> int:
+    """Of a pair's row."""
+    needed = min(len(pair.context) + len(pair.continuation) - 1, self.max_length)
+    return self.lengths[bisect.bisect_left(self.lengths, needed)]
 
 
 def make_row(pair: Pair, length: int, max_length: int) -> data.Batch:
@@ -154,13 +120,8 @@ def make_row(pair: Pair, length: int, max_length: int) -> data.Batch:
 
   Its context loses ids on the left if both, without the last id, exceed `max_length`.
   """
-  ids = np.asarray([*pair.context, *pair.continuation][-(max_length + 1) :], np.int32)
-  size, scored = len(ids) - 1, len(pair.continuation)
-  inputs, targets, segments = np.zeros((3, length), np.int32)
-  weights = np.zeros(length, np.float32)
-  inputs[:size], targets[:size], segments[:size] = ids[:-1], ids[1:], 1
-  weights[size - scored : size] = 1
-  return data.Batch(inputs, targets, weights, segments, np.arange(length, dtype=np.int32))
+  ids = [*pair.context, *pair.continuation][-(max_length + 1) :]
+  return row_batches.make_row(ids, len(pair.continuation), length)
 
 
 def rolling_pairs(ids: Sequence[int], prefix: int, max_length: int) -> list[Pair]:
@@ -174,13 +135,11 @@ def rolling_pairs(ids: Sequence[int], prefix: int, max_length: int) -> list[Pair
     prefix: id that opens the text and is not scored.
     max_length: tokens that the model reads at a time.
   """
-  pairs, whole = [], [prefix, *ids]
-  for start in range(0, len(ids), max_length):
-    end = min(start + max_length, len(ids))
-    # The i-th id is whole[i + 1]; a row ends before its last target.
-    first = end - max_length if start else 0
-    pairs.append(Pair(whole[first : start + 1], whole[start + 1 : end + 1]))
-  return pairs
+  whole = [prefix, *ids]
+  return [
+    Pair(whole[span.start : span.first], whole[span.first : span.stop])
+    for span in windows.rolling(len(ids), max_length, max_length)
+  ]
 
 
 def _check(pair: Pair, number: int, max_length: int) -> None:

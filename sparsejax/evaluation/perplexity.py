@@ -1,21 +1,20 @@
 """Perplexity of held-out text, under full inference and under sparse inference at budgets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import numpy as np
 
 from sparsejax import errors, scoring
-from sparsejax.configuration import build
-from sparsejax.data import corpus, statistics
-from sparsejax.evaluation import markdown, plans
+from sparsejax.evaluation import by_position, markdown, plans
 from sparsejax.evaluation import subject as subjects
+from sparsejax.evaluation.protocols import parts
+from sparsejax.evaluation.protocols import settings as protocols
+from sparsejax.evaluation.protocols import units as scoring_units
 
 MODES = ("full", "sparse")
-_ALL = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +25,24 @@ class Cell:
     source: name of the data.
     mode: `full`, `sparse`, or `unigram` for the baseline that ignores context.
     budget: keys a query reads; None where that does not apply.
-    loss, loss_se: nats per token and its standard error over rows.
+    loss, loss_se: nats per token and its standard error over rows, windows or documents; no
+      error of a single one.
     perplexity, perplexity_se: exp(loss), and its standard error.
     bits_per_byte: of the text; None for synthetic data and for the baseline.
     accuracy: of the most likely token; None for the baseline.
     num_tokens: that count.
     gap, gap_se: loss above that of full inference, and its standard error over the same rows;
       None where full inference was not asked for, and for what is not sparse.
+    protocol: see `protocols.settings.Settings`.
+    length: tokens of a row or a window.
+    stride: between windows; None where there are none.
+    decoded: whether tokens were scored by decoding.
+    num_samples: rows, windows or documents.
+    num_bytes: UTF-8 bytes of the text; None as `bits_per_byte`.
+    num_words: pieces between white space; None where units are no whole documents.
+    word_perplexity, byte_perplexity: exp of the nats per word and per byte, as
+      lm-evaluation-harness has them; None where those are not counted.
+    positions: the same by context.
   """
 
   source: str
@@ -47,6 +57,22 @@ class Cell:
   num_tokens: int | None
   gap: float | None = None
   gap_se: float | None = None
+  protocol: str = "rows"
+  length: int | None = None
+  stride: int | None = None
+  decoded: bool = False
+  num_samples: int | None = None
+  num_bytes: int | None = None
+  num_words: int | None = None
+  word_perplexity: float | None = None
+  byte_perplexity: float | None = None
+  positions: tuple[by_position.Position, ...] = ()
+
+
+def from_json(cell: dict) -> Cell:
+  """A cell from its record in `perplexity.json`."""
+  found = tuple(by_position.Position(**position) for position in cell.get("positions", ()))
+  return Cell(**cell | dict(positions=found))
 
 
 def check_modes(
@@ -78,208 +104,146 @@ def check_modes(
 
 
 def run(
-  subject: subjects.Subject,
-  *,
-  modes: Sequence[str] = MODES,
-  budgets: Sequence[int] = (),
-  max_rows: int = 0,
-  batch_size: int = 0,
+  subject: subjects.Subject, settings: protocols.Settings | None = None, **options
 ) -> list[Cell]:
-  """Scores the validation rows of every source; see `plan`."""
-  planned = plan(
-    subject, modes=modes, budgets=budgets, max_rows=max_rows, batch_size=batch_size
-  )
+  """Scores a text in every mode, budget and length; see `plan`."""
+  planned = plan(subject, settings, **options)
   return cells(planned.units, plans.measure(planned.units, subject))
 
 
 def plan(
   subject: subjects.Subject,
+  settings: protocols.Settings | None = None,
   *,
+  lengths: Sequence[int] = (),
   modes: Sequence[str] = MODES,
   budgets: Sequence[int] = (),
   max_rows: int = 0,
   batch_size: int = 0,
 ) -> plans.Plan:
-  """Units of a source, a mode and a budget each, and of a source for the baseline.
+  """Units of a text, a mode, a budget and a length each, and of a source for the baseline.
 
   Args:
     subject: the checkpoint.
+    settings: what is read; None is packed rows of the validation splits.
+    lengths: tokens of a row or a window; () is the protocol's own, or a row of the subject.
     modes: of inference.
     budgets: keys a query reads under sparse inference; () is that of training.
-    max_rows: rows of each source; 0 takes all.
-    batch_size: rows at once; 0 is that of a training pass.
+    max_rows: rows, windows or documents of each text; 0 takes all. Of `pg19`, samples.
+    batch_size: rows at once, as long as those of the subject; of shorter ones as many more.
+      0 is that of a training pass.
 
   Raises:
-    ConfigError: see `check_modes`; or rows that do not divide among the devices.
-    DataError: no source has a validation split.
+    ConfigError: what `check_modes` refuses, or `settings.choose_lengths` or `choose_stride`;
+      or rows of several documents that are to be decoded.
+    DataError: no text to score, or one with another tokenizer.
   """
-  config, options = subject.config, subject.transformer.options
-  length = config.data.sequence_length
-  check_modes(modes, budgets, options.block_size, length)
-  batch_size = batch_size or config.data.batch_size // config.train.accumulate_steps
-  batch_size = -(-batch_size // subject.mesh.size) * subject.mesh.size
-  sources = [source for source in subject.corpus.sources if source.validation]
-  if not sources:
-    raise errors.DataError(
-      "none of the data has a validation split; prepare it with --validation_fraction above 0."
-    )
-  asked = [("unigram", None)]
+  settings = settings or protocols.Settings()
+  options, row_length = subject.transformer.options, subject.config.data.sequence_length
+  lengths = protocols.choose_lengths(settings.protocol, lengths, row_length)
+  check_modes(modes, budgets, options.block_size, max(lengths))
+  found = parts.find(subject, settings, lengths=lengths, most=max_rows)
+  units = []
+  if settings.protocol == "rows" and not settings.corpus:
+    units += [
+      scoring_units.baseline(source) for source in parts.with_validation(subject.corpus)
+    ]
+  asked = []
   # Full inference first: the others are compared with it.
   for mode in sorted(modes, key=MODES.index):
     asked += [(mode, x) for x in (budgets or [options.budget] if mode == "sparse" else [None])]
 
-  @functools.cache  # sources share a program
-  def score(mode, budget):
-    transformer = subject.transformer
-    if budget is not None:
-      transformer = build.with_budget(transformer, budget)
-    return scoring.make_score(transformer, mode, config.loss.chunk_length)
-
-  units = tuple(
-    plans.Unit(
-      key=dict(
-        task="perplexity",
-        source=source.name,
-        data=_identity(source),
-        length=length,
-        max_rows=max_rows,
-        mode=mode,
-        budget=budget,
-      ),
-      measure=functools.partial(
-        _measure,
-        number=number,
-        score=None if mode == "unigram" else functools.partial(score, mode, budget),
-        num_rows=max_rows or _ALL,
-        batch_size=batch_size,
-      ),
-      samples=None
-      if mode == "unigram"
-      else functools.partial(_samples, source=source.name, mode=mode, budget=budget),
-    )
-    for mode, budget in asked
-    for number, source in enumerate(subject.corpus.sources)
-    if source.validation
+  units += scoring_units.of_parts(
+    subject, found, asked, settings=settings, max_rows=max_rows, batch_size=batch_size
   )
 
   def tell(values):
     found = cells(units, values)
     return plans.Told(found, markdown.align(rows(found)))
 
-  return plans.Plan(units, tell)
-
-
-def _identity(source: corpus.Source) -> str:
-  """Of the rows that are scored: a fingerprint says nothing of how rows are made."""
-  rows_ = source.validation
-  return plans.digest([source.fingerprint, len(rows_), [x.tolist() for x in rows_[0]]])
-
-
-def _measure(
-  subject: subjects.Subject,
-  *,
-  number: int,
-  score: Callable | None,
-  num_rows: int,
-  batch_size: int,
-) -> dict[str, Any]:
-  """Scores of a source's rows; of the baseline, which is no model, its loss."""
-  source = subject.corpus.sources[number]
-  if score is None:
-    vocab_size = subject.config.model.vocab_size
-    return dict(loss=statistics.unigram_loss(source, vocab_size))
-  scores = scoring.score_rows(
-    score(),
-    subject.params,
-    source.validation,
-    bytes_per_id=source.bytes_per_id,
-    batch_size=batch_size,
-    num_rows=num_rows,
-    mesh=subject.mesh,
-  )
-  return scores._asdict()
-
-
-def _samples(value, *, source: str, mode: str, budget: int | None) -> list[plans.Samples]:
-  """Rows."""
-  same = dict(what=source, mode=mode, budget=budget)
-  found = [
-    plans.Samples(
-      metric="loss (nats/token)",
-      sums=tuple(value["nll"]),
-      weights=tuple(value["num_tokens"]),
-      **same,
-    )
-  ]
-  if any(value["num_bytes"]):
-    bits = tuple(x / math.log(2) for x in value["nll"])
-    found.append(
-      plans.Samples(metric="bits/byte", sums=bits, weights=tuple(value["num_bytes"]), **same)
-    )
-  return found
+  return plans.Plan(tuple(units), tell)
 
 
 def cells(units: Sequence[plans.Unit], values: Sequence[Any]) -> list[Cell]:
   """Lines of the table, in the order of units."""
   found, in_full = [], {}
   for unit, value in zip(units, values, strict=True):
-    source, mode, budget = (unit.key[name] for name in ("source", "mode", "budget"))
-    if mode == "unigram":
-      found.append(_baseline(source, value["loss"]))
+    key = unit.key
+    if key["mode"] == "unigram":
+      loss = value["loss"]
+      found.append(
+        Cell(key["source"], "unigram", None, loss, None, math.exp(loss), None, None, None, None)
+      )
       continue
-    scores = scoring.RowScores(*(np.array(value[name]) for name in scoring.RowScores._fields))
-    gap = {}
-    if mode == "full":
-      in_full[source] = scores
-    elif source in in_full:
-      more, error = scoring.compare(scores, in_full[source])
-      gap = dict(gap=more, gap_se=error)
-    found.append(_cell(source, mode, budget, scoring.summarize(scores), **gap))
+    place = key["source"], key["length"]
+    if key["mode"] == "full":
+      in_full[place] = value
+    full = None if key["mode"] == "full" else in_full.get(place)
+    found.append(_cell(key, value, full))
   return found
 
 
-def _cell(
-  source: str, mode: str, budget: int | None, summary: scoring.Summary, **gap: float
-) -> Cell:
+def _cell(key, value: dict[str, Any], full: dict[str, Any] | None) -> Cell:
+  scores = by_position.scores(value)
+  summary = scoring.summarize(scores)
+  nll, num_bytes = scores.nll.sum(), int(scores.num_bytes.sum())
+  num_words = None if value["num_words"] is None else int(sum(value["num_words"]))
   return Cell(
-    source=source,
-    mode=mode,
-    budget=budget,
-    loss=summary.loss,
-    loss_se=summary.loss_se,
+    source=key["source"],
+    mode=key["mode"],
+    budget=key["budget"],
+    loss=float(summary.loss),
+    loss_se=by_position.known(summary.loss_se),
     perplexity=summary.perplexity,
-    perplexity_se=summary.perplexity_se,
+    perplexity_se=by_position.known(summary.perplexity_se),
     bits_per_byte=summary.bits_per_byte,
     accuracy=float(summary.accuracy),
     num_tokens=summary.num_tokens,
-    **gap,
+    **by_position.gap(scores, None if full is None else by_position.scores(full)),
+    protocol=key["protocol"],
+    length=key["length"],
+    stride=key["stride"],
+    decoded=key["decode"],
+    num_samples=summary.num_rows,
+    num_bytes=num_bytes or None,
+    num_words=num_words,
+    word_perplexity=_exp(nll / num_words) if num_words else None,
+    byte_perplexity=_exp(nll / num_bytes) if num_bytes else None,
+    positions=by_position.of_values(
+      value["positions"], None if full is None else full["positions"]
+    ),
   )
 
 
-def _baseline(source: str, loss: float) -> Cell:
-  return Cell(source, "unigram", None, loss, None, math.exp(loss), None, None, None, None)
+def _exp(nats: float) -> float:
+  """Infinite where a word is a long text."""
+  with np.errstate(over="ignore"):
+    return float(np.exp(nats))
 
 
 def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
-  """Rows of a table, the header first."""
+  """Rows of a table, the header first; columns that tell nothing are left out."""
+  has_lengths = len({cell.length for cell in cells if cell.mode in MODES}) > 1
+  has_words = any(cell.word_perplexity is not None for cell in cells)
   header = (
-    *("data", "inference", "budget", "perplexity", "bits/byte", "loss", "above full"),
-    *("accuracy", "tokens"),
+    *("data", "inference", "budget", *(["length"] if has_lengths else [])),
+    *("perplexity", *(["per word"] if has_words else [])),
+    *("bits/byte", "loss", "above full", "accuracy", "tokens"),
   )
-  return [
-    header,
-    *(
-      (
-        cell.source,
-        cell.mode,
-        markdown.number(cell.budget, "d"),
-        markdown.with_error(cell.perplexity, cell.perplexity_se, 3),
-        markdown.number(cell.bits_per_byte, ".4f"),
-        markdown.with_error(cell.loss, cell.loss_se, 4),
-        "-" if cell.gap is None else markdown.with_error(cell.gap, cell.gap_se, 4),
-        markdown.number(cell.accuracy, ".1%"),
-        markdown.number(cell.num_tokens, ",d"),
-      )
-      for cell in cells
-    ),
-  ]
+  return [header, *(_row(cell, has_lengths, has_words) for cell in cells)]
+
+
+def _row(cell: Cell, has_lengths: bool, has_words: bool) -> tuple[str, ...]:
+  length = markdown.number(cell.length, ",d")
+  per_word = markdown.number(cell.word_perplexity, ".3f")
+  return (
+    *(cell.source, cell.mode, markdown.number(cell.budget, "d")),
+    *([length] if has_lengths else []),
+    markdown.with_error(cell.perplexity, cell.perplexity_se, 3),
+    *([per_word] if has_words else []),
+    markdown.number(cell.bits_per_byte, ".4f"),
+    markdown.with_error(cell.loss, cell.loss_se, 4),
+    "-" if cell.gap is None else markdown.with_error(cell.gap, cell.gap_se, 4),
+    markdown.number(cell.accuracy, ".1%"),
+    markdown.number(cell.num_tokens, ",d"),
+  )

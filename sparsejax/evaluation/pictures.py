@@ -70,6 +70,44 @@ def draw_budgets(runs: Sequence[Run], path: pathlib.Path) -> None:
   _finish(figure, path, shown, {"sparse inference": "-", "full inference": ":"})
 
 
+def draw_positions(cells: Sequence[perplexity.Cell], path: pathlib.Path) -> None:
+  """Loss against context, and what sparse inference loses there, a line for each cell.
+
+  Lines of one text and length have one panel above the other; bands are standard errors.
+  """
+  plt = _pyplot()
+  panels: dict[tuple, list[perplexity.Cell]] = {}
+  for cell in cells:
+    if cell.positions:
+      panels.setdefault((cell.source, cell.length), []).append(cell)
+  figure, axes = plt.subplots(
+    *(2, len(panels)),
+    figsize=(1 + 5 * len(panels), 7),
+    sharex="col",
+    squeeze=False,
+    layout="constrained",
+  )
+  for column, ((source, length), own) in enumerate(panels.items()):
+    for cell in own:
+      label = cell.mode + (f" {cell.budget}" if cell.budget else "")
+      for axis, what in zip(axes[:, column], ("loss", "gap"), strict=True):
+        x, y, error = np.array(
+          [(p.last, getattr(p, what), getattr(p, f"{what}_se")) for p in cell.positions], float
+        ).T
+        if np.isfinite(y).any():
+          (line,) = axis.plot(x, y, ".-", label=label)
+          axis.fill_between(x, y - error, y + error, color=line.get_color(), alpha=0.2)
+    axes[0, column].set_title(f"{source}, {length:,d} tokens", fontsize="medium")
+    axes[0, column].legend(fontsize="small")
+    axes[1, column].axhline(0.0, color="black", linewidth=0.5)
+    axes[1, column].set_xscale("log", base=2)
+    axes[1, column].set_xlabel("tokens read before, at most")
+  axes[0, 0].set_ylabel("loss (nats/token)")
+  axes[1, 0].set_ylabel("sparse - full (nats/token)")
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
 def draw_throughput(cells: Sequence[decode_timing.Cell], path: pathlib.Path) -> None:
   """Tokens per second and per step against the context, a line for each way to decode."""
   plt = pyplot()

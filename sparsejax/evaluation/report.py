@@ -221,7 +221,7 @@ def _newest_cells(folder: pathlib.Path, task: str) -> list[dict[str, Any]]:
 
 
 def _perplexity(cells: Sequence[dict[str, Any]]) -> list[perplexity.Cell]:
-  return [perplexity.Cell(**cell) for cell in cells]
+  return [perplexity.from_json(cell) for cell in cells]
 
 
 def _diagnostics(cells: Sequence[dict[str, Any]]) -> list[diagnostics.Cell]:

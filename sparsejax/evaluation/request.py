@@ -5,6 +5,7 @@ import pathlib
 
 from sparsejax.evaluation import extrapolation, harness, perplexity
 from sparsejax.evaluation.needles import task as needles
+from sparsejax.evaluation.protocols import settings as protocols
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,12 @@ class Request:
     batch_size: rows at once; 0 is that of training.
     kernels: `auto` or `strict`; None is as trained.
     lengths: contexts, in tokens, after which is decoded; () is half of `sequence_length`. Of
-      questions about needles, their lengths; () is `sequence_length`.
+      questions about needles and of windows of perplexity, theirs; () is `sequence_length`.
     num_steps: that are decoded after a context.
     spare: slots for blocks beyond those of a list; () is 0, 16, 32 and 64 for locality, and
       all pages on the device for throughput.
     kv_gib: sizes of caches on the device, of which throughput takes its rows.
+    about_perplexity: what text it is of.
     about_needles: what is asked about needles.
     lm_eval: what the task of that name asks.
     out: directory for the results; None is `eval/STEP` in the workdir, if there is one.
@@ -50,6 +52,7 @@ class Request:
   num_steps: int = 128
   spare: tuple[int, ...] = ()
   kv_gib: tuple[float, ...] = ()
+  about_perplexity: protocols.Settings = dataclasses.field(default_factory=protocols.Settings)
   about_needles: needles.Settings = dataclasses.field(default_factory=needles.Settings)
   lm_eval: harness.Options = dataclasses.field(default_factory=harness.Options)
   out: str | pathlib.Path | None = None

@@ -17,6 +17,7 @@ from sparsejax.evaluation import (
   perplexity,
   pictures,
   plans,
+  show_positions,
   throughput,
 )
 from sparsejax.evaluation import request as requests
@@ -47,6 +48,8 @@ def check(request: requests.Request) -> None:
     raise errors.ConfigError(f"--lengths={short[0]} must be at least 1.")
   if request.num_steps < 2:
     raise errors.ConfigError(f"--num_steps={request.num_steps} must be at least 2.")
+  if "perplexity" in request.tasks:
+    request.about_perplexity.check()
   if "needle" in request.tasks:
     needles.check_lengths(request.lengths)
   if "lm_eval" in request.tasks:
@@ -54,14 +57,21 @@ def check(request: requests.Request) -> None:
 
 
 def _perplexity(subject, request: requests.Request, out):
-  del out
-  return perplexity.plan(
+  planned = perplexity.plan(
     subject,
+    settings=request.about_perplexity,
+    lengths=request.lengths,
     modes=request.modes,
     budgets=request.budgets,
     max_rows=request.max_rows,
     batch_size=request.batch_size,
   )
+
+  def tell(values):
+    cells, text = planned.tell(values)
+    return cells, text + show_positions.show(cells, out)
+
+  return plans.Plan(planned.units, tell)
 
 
 def _block_lists(subject, request: requests.Request, out):

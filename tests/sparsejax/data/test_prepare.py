@@ -105,11 +105,11 @@ def test_a_document_that_begins_with_much_white_space_keeps_it(tmp_path):
   assert texts.texts_of(tmp_path / "out", "train") == [text]
 
 
-def test_pieces_end_with_lines_where_they_can(monkeypatch):
-  monkeypatch.setattr(prepare, "PIECE_CHARACTERS", 10)
+def test_pieces_end_with_lines_where_they_can():
   text = "one\ntwo\nthree\n" + "x" * 25 + "\nfour"
   for size in range(1, len(text) + 1):
-    pieces = list(prepare._at_line_ends(text[i : i + size] for i in range(0, len(text), size)))
+    given = [text[i : i + size] for i in range(0, len(text), size)]
+    pieces = list(prepare.at_line_ends(given, 10))
     assert pieces == ["one\ntwo\n", "three\n", "x" * 10, "x" * 10, "xxxxx\nfour"]
 
 

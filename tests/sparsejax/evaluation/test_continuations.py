@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsejax import errors, model, sharding
-from sparsejax.evaluation import continuations
+from sparsejax.evaluation import continuations, row_batches
 from tests import small
 
 PAIRS = [
@@ -83,11 +83,11 @@ def test_padding_does_not_make_a_short_row_sparse():
 
 
 def test_rows_have_few_lengths():
-  assert continuations.row_lengths(500, 16) == [64, 128, 256, 500]
-  assert continuations.row_lengths(48, 16) == [48]
-  assert continuations.row_lengths(96, 24) == [72, 96]
-  assert continuations.row_lengths(256, 16, dense_length=100) == [64, 99, 128, 256]
-  assert continuations.row_lengths(256, 16, dense_length=1000) == [64, 128, 256]
+  assert row_batches.row_lengths(500, 16) == [64, 128, 256, 500]
+  assert row_batches.row_lengths(48, 16) == [48]
+  assert row_batches.row_lengths(96, 24) == [72, 96]
+  assert row_batches.row_lengths(256, 16, dense_length=100) == [64, 99, 128, 256]
+  assert row_batches.row_lengths(256, 16, dense_length=1000) == [64, 128, 256]
 
 
 def test_one_program_serves_a_length(monkeypatch):

@@ -25,11 +25,15 @@ def make_rows(count, seed=0):
   return [type(batch)(*(np.asarray(field[i]) for field in batch)) for i in range(count)]
 
 
+class Rows(list):
+  max_documents = 3
+
+
 def make_source(name="text", bytes_per_id=BYTES, validation=()):
   return types.SimpleNamespace(
     name=name,
     train=make_rows(4, seed=9),
-    validation=list(validation),
+    validation=Rows(validation),
     bytes_per_id=bytes_per_id,
     fingerprint=name,
   )
@@ -171,11 +175,11 @@ def counting(monkeypatch):
     def score(params, batch):
       del params
       asked[-1][2].append(batch.inputs.shape[0])
-      return batch.weights.sum(-1), batch.weights.sum(-1)
+      return batch.weights, batch.weights > 0
 
     return score
 
-  monkeypatch.setattr(perplexity.scoring, "make_score", make_score)
+  monkeypatch.setattr(perplexity.scoring, "make_token_score", make_score)
   return asked
 
 
@@ -195,7 +199,8 @@ def test_rows_are_limited_and_batches_fit_the_devices(subject, monkeypatch):
   assert found[2].num_tokens == sum(weights)
   asked = counting(monkeypatch)
   perplexity.run(subject, modes=("full",), batch_size=9)
-  assert asked == [("full", 1, [16, 16])]
+  # Of 16 rows that may be together there are 5 and 3.
+  assert asked == [("full", 1, [8, 8])]
 
 
 def test_data_without_validation_are_refused(subject):

@@ -16,6 +16,7 @@ from sparsejax.configuration import overrides, record
 from sparsejax.evaluation import markdown, perplexity, plans, table, tasks
 from sparsejax.evaluation import request as requests
 from sparsejax.evaluation import subject as subjects
+from sparsejax.evaluation.protocols import settings as protocols
 from tests import small
 
 pytestmark = pytest.mark.usefixtures("plain_report")
@@ -174,7 +175,15 @@ def test_the_answer_is_written_with_all_that_it_depends_on(saved, asked):
     path=workdir, modes=("sparse",), budgets=(8, 16), max_rows=7, batch_size=3
   )
   text, out = table.run(request, base.get_config())
-  assert asked == [dict(modes=("sparse",), budgets=(8, 16), max_rows=7, batch_size=3)]
+  (options,) = asked
+  assert options == dict(
+    settings=protocols.Settings(),
+    lengths=(),
+    modes=("sparse",),
+    budgets=(8, 16),
+    max_rows=7,
+    batch_size=3,
+  )
   assert out == workdir / "eval" / "5"
   assert (out / "perplexity.md").read_text() == TABLE
   *backends, printed = text.split("\n", maxsplit=4)
@@ -200,7 +209,7 @@ def test_the_answer_is_written_with_all_that_it_depends_on(saved, asked):
     block_sparse_attention="xla",
     dual_path_attention="separate",
   )
-  assert [perplexity.Cell(**cell) for cell in content["cells"]][:2] == CELLS[:2]
+  assert [perplexity.from_json(cell) for cell in content["cells"]][:2] == CELLS[:2]
 
 
 def test_what_runs_is_said_of_every_budget(saved, asked, monkeypatch):

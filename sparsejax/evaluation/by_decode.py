@@ -1,0 +1,93 @@
+"""Scores of tokens by decoding: each token is read into the cache before the next is scored.
+
+Letters: B rows, T tokens of a row, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax import model
+from sparsejax.attention import backends, method, past, prompt_backends
+from sparsejax.data import batch as data
+from sparsejax.decoding import cache as caches
+from sparsejax.decoding import prefill
+from sparsejax.evaluation import token_scores
+
+
+def make_token_score(
+  transformer: model.Transformer, stream: method.Stream
+) -> token_scores.Score:
+  """Returns `score(params, batch) -> (nll_BT, is_hit_BT)`, as `scoring.make_token_score` does.
+
+  What is ahead of a row's first counted target is read as a prompt is, in chunks; from there
+  on rows go through the program that generation takes for a step, all of the batch together,
+  token by token. Pages are on the device. Rows are read from their beginning as one document
+  each. Targets that are ahead of the first counted one have no score.
+
+  A row that InfLLM-V2 reads whole while it is short (`InfllmV2Options.dense_length`) is read
+  so until it has grown, as it would be served; a forward pass goes by its final length.
+
+  Raises:
+    UserError: when called, where the cache does not fit on the device.
+    ConfigError: when called, where `attention.kernels=strict` and there is no kernel.
+  """
+  decoder = caches.for_decoding(transformer)
+  program = jax.jit(
+    functools.partial(_score, decoder, stream), compiler_options=caches.COMPILER_OPTIONS
+  )
+
+  def score(params, batch: data.Batch) -> tuple[jax.Array, jax.Array]:
+    b, t = batch.inputs.shape
+    _check(decoder, stream, caches.room(decoder, batch=b, length=t))
+    return program(params, batch)
+
+  return score
+
+
+def _check(decoder: model.Transformer, stream: method.Stream, room) -> None:
+  """Raises for what cannot be decoded."""
+  num_heads, options = decoder.shape.num_attention_heads, decoder.options
+  chunk = prefill.chunk_size(options.block_size)
+  backends.choose_decoding(options, stream, room, num_heads=num_heads)
+  prompt_backends.choose(options, stream, room, num_heads=num_heads, chunk=chunk)
+  free = caches.free_bytes()
+  if free is not None:
+    free = max(0, free - room.batch * prefill.num_bytes(decoder, stream, room, chunk))
+  caches.check_size(caches.spec(decoder, stream, room), free, caches.host_limit())
+
+
+def _score(decoder: model.Transformer, stream: method.Stream, params, batch: data.Batch):
+  b, t = batch.inputs.shape
+  params = caches.cast(decoder.shape.dtype, params)
+  # Read as a prompt: up to the token that the first counted target follows.
+  read_B = jnp.argmax(batch.weights > 0, axis=1) + 1
+  num_steps = ((batch.segments > 0).sum(1) - read_B).max()
+  room = caches.room(decoder, batch=b, length=t)
+  logits_BV, cache = prefill.prefill(
+    decoder, params, batch.inputs, read_B, stream=stream, room=room
+  )
+  nll_BT, is_hit_BT = jnp.zeros((b, t)), jnp.zeros((b, t), bool)
+
+  def note(scores, place_B, logits_BV):
+    """Of the targets of tokens that were read last; beyond a row's end nothing is noted."""
+    rows = jnp.arange(b)
+    target_B = batch.targets[rows, jnp.minimum(place_B, t - 1)]
+    nll_B = jax.nn.logsumexp(logits_BV, axis=-1) - logits_BV[rows, target_B]
+    found = nll_B, logits_BV.argmax(-1) == target_B
+    return tuple(
+      x_BT.at[rows, place_B].set(x_B, mode="drop")
+      for x_BT, x_B in zip(scores, found, strict=True)
+    )
+
+  def take(number, carry):
+    cache, *scores = carry
+    place_B = read_B + number
+    ids_B = batch.inputs[jnp.arange(b), jnp.minimum(place_B, t - 1)]
+    logits_BV, cache = caches.step(decoder, params, cache, ids_B, stream=stream)
+    return cache, *note(scores, place_B, logits_BV)
+
+  begin: tuple[past.Cache, ...] = cache, *note((nll_BT, is_hit_BT), read_B - 1, logits_BV)
+  _, *scores = jax.lax.fori_loop(0, num_steps, take, begin)
+  return tuple(scores)
