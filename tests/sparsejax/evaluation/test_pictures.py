@@ -7,7 +7,7 @@ from matplotlib import figure as figure_module
 import numpy as np
 import pytest
 
-from sparsejax.evaluation import diagnostics, perplexity, pictures
+from sparsejax.evaluation import by_position, diagnostics, perplexity, pictures
 
 CELLS = (
   perplexity.Cell("web", "full", None, 2.0, 0.01, 7.389, 0.07, 0.9, 0.4, 1000),
@@ -73,6 +73,44 @@ def colors_of(axis):
   return {
     name: colors.to_hex(color) for name, color in shown.items() if not name.startswith("_")
   }
+
+
+def position(last, loss, gap=None):
+  error = None if gap is None else 0.1
+  return by_position.Position(
+    last=last, num_tokens=9, loss=loss, loss_se=0.2, gap=gap, gap_se=error
+  )
+
+
+def test_losses_by_position_have_a_panel_for_each_text(saved):
+  """With what sparse inference loses below; what has nothing to compare is not there."""
+  full, sparse = CELLS
+  cells = [
+    dataclasses.replace(full, length=32, positions=(position(16, 3.0), position(32, 2.0))),
+    dataclasses.replace(
+      sparse, length=32, positions=(position(16, 3.1, 0.1), position(32, 2.5, 0.5))
+    ),
+    dataclasses.replace(full, source="other", length=16, positions=(position(16, 4.0),)),
+    dataclasses.replace(full, mode="unigram"),
+  ]
+  pictures.draw_positions(cells, "anywhere")
+  (figure,) = saved
+  loss, other, gap, nothing = figure.axes
+  assert [axis.get_title() for axis in figure.axes] == [
+    "web, 32 tokens",
+    "other, 16 tokens",
+    "",
+    "",
+  ]
+  assert [(label, x, y) for label, _, x, y in lines(loss)] == [
+    ("full", [16.0, 32.0], [3.0, 2.0]),
+    ("sparse 16", [16.0, 32.0], [3.1, 2.5]),
+  ]
+  assert [(label, x, y) for label, _, x, y in lines(other)] == [("full", [16.0], [4.0])]
+  assert [(label, x, y) for label, _, x, y in lines(gap)] == [
+    ("sparse 16", [16.0, 32.0], [0.1, 0.5])
+  ]
+  assert lines(nothing) == []
 
 
 def test_curves_show_the_numbers(saved):

@@ -11,7 +11,7 @@ import pytest
 
 from configs import base
 import pallas_kernels
-from sparsejax import checkpoint, errors
+from sparsejax import checkpoint, errors, scoring
 from sparsejax.configuration import overrides, record
 from sparsejax.evaluation import markdown, perplexity, plans, table, tasks
 from sparsejax.evaluation import request as requests
@@ -257,3 +257,45 @@ def test_the_table_reads_well_in_a_terminal():
     "| web  | sparse    | 16     | 12.182        | 1.2500    | 2.5000          "
     "| 0.5000 ± 0.0123 | 40.0%    | 12,345 |\n"
   )
+
+
+def test_losses_by_position_are_told_beside_the_table(saved, tmp_path, monkeypatch):
+  """Of rows as long as those of training, and of shorter ones of the same data."""
+
+  def make_score(transformer, stream, chunk_length):
+    factor = 0.5 if stream == "full" else 0.25
+    return lambda params, batch: (factor * batch.weights, batch.weights > 0)
+
+  monkeypatch.setattr(scoring, "make_token_score", make_score)
+  request = requests.Request(
+    path=saved[0], budgets=(8,), lengths=(64, 32), max_rows=3, out=tmp_path
+  )
+  text, _ = table.run(request, base.get_config())
+  content = json.loads((tmp_path / "perplexity.json").read_text())
+  cells = [perplexity.from_json(cell) for cell in content["cells"]]
+  assert [(c.mode, c.length, c.num_samples, c.num_tokens) for c in cells] == [
+    ("unigram", None, None, None),
+    ("full", 64, 3, 6),
+    ("full", 32, 3, 6),
+    ("sparse", 64, 3, 6),
+    ("sparse", 32, 3, 6),
+  ]
+  # What is asked for is at the end of every row.
+  assert [[p.last for p in cell.positions] for cell in cells[1:]] == [[64], [32]] * 2
+  assert {p.gap for cell in cells[3:] for p in cell.positions} == {-0.25}
+  assert (
+    "loss by tokens read before\n\n"
+    "| data   | inference | budget | length | to 32  | to 64  |\n"
+    "|--------|-----------|--------|--------|--------|--------|\n"
+    "| recall | full      | -      | 64     | -      | 0.5000 |\n"
+    "| recall | full      | -      | 32     | 0.5000 | -      |\n"
+  ) in text
+  assert (tmp_path / "perplexity_by_position.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_corpus_that_is_missing_is_refused_before_anything_is_read(tmp_path):
+  request = requests.Request(
+    path=tmp_path / "nowhere", about_perplexity=protocols.Settings(corpus=("no/such.txt",))
+  )
+  with pytest.raises(errors.DataError, match=r"input 'no/such\.txt' does not exist"):
+    table.run(request, base.get_config())
