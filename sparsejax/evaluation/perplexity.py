@@ -235,7 +235,9 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
 
 def _row(cell: Cell, has_lengths: bool, has_words: bool) -> tuple[str, ...]:
   length = markdown.number(cell.length, ",d")
-  per_word = markdown.number(cell.word_perplexity, ".3f")
+  # Of a model that knows little it has more digits than a table has room for.
+  is_large = cell.word_perplexity is not None and cell.word_perplexity >= 1e6
+  per_word = markdown.number(cell.word_perplexity, ".3e" if is_large else ".3f")
   return (
     *(cell.source, cell.mode, markdown.number(cell.budget, "d")),
     *([length] if has_lengths else []),

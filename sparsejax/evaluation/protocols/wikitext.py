@@ -7,6 +7,8 @@ such a table, from a table of lines as `Salesforce/wikitext` is, or from the tex
 from collections.abc import Iterable, Iterator
 import re
 
+from sparsejax import errors
+
 # In this order: later ones see what earlier ones have left.
 _TOKENS = (("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."))
 _ENDS = ":;.!?,"
@@ -47,6 +49,9 @@ def pages(documents: Iterable[str], *, is_table: bool) -> Iterator[str]:
     documents: whole files, or rows of a table.
     is_table: whether they are rows. Rows of more than a line are pages already; if all rows
       are lines, they are put together.
+
+  Raises:
+    DataError: text without titles.
   """
   documents = list(documents)
   if is_table:
@@ -55,6 +60,11 @@ def pages(documents: Iterable[str], *, is_table: bool) -> Iterator[str]:
       return
     documents = ["\n".join(text.removesuffix("\n") for text in documents)]
   for text in documents:
+    if not any(map(_is_title, text.split("\n"))):
+      raise errors.DataError(
+        "--protocol=wikitext finds no title of a page, a line like ' = Title = '; name WikiText "
+        "as it is distributed, or take --protocol=documents."
+      )
     yield from _cut(text)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sparsejax import errors
 from sparsejax.evaluation.protocols import held_out, wikitext
 
 LINES = [
@@ -61,3 +62,11 @@ def test_tables_of_pages_and_of_lines_have_the_same_pages():
   rows = [f"{line}\n" if line.strip() else "" for line in LINES]
   found = real(wikitext.pages(rows, is_table=True))
   assert [page.split() for page in found] == [page.split() for page in PAGES]
+
+
+@pytest.mark.parametrize(("text", "is_table"), [(" = = No title = = \n", False), ("x\n", True)])
+def test_text_without_pages_is_refused(text, is_table):
+  with pytest.raises(
+    errors.DataError, match=r"=wikitext finds no title of a page, a line like"
+  ):
+    list(wikitext.pages([text], is_table=is_table))
