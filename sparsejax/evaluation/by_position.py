@@ -62,7 +62,12 @@ def of_values(
   """
   found = []
   for number, value in enumerate(values):
-    own = scores(value)
+    own, compared = scores(value), None if full is None else scores(full[number])
+    # Windows without such tokens tell nothing of how much others differ.
+    has_some = own.num_tokens > 0
+    own = scoring.RowScores(*(field[has_some] for field in own))
+    if compared is not None:
+      compared = scoring.RowScores(*(field[has_some] for field in compared))
     summary = scoring.summarize(own)
     found.append(
       Position(
@@ -70,7 +75,7 @@ def of_values(
         num_tokens=summary.num_tokens,
         loss=float(summary.loss),
         loss_se=known(summary.loss_se),
-        **gap(own, None if full is None else scores(full[number])),
+        **gap(own, compared),
       )
     )
   return tuple(found)

@@ -73,7 +73,8 @@ def draw_budgets(runs: Sequence[Run], path: pathlib.Path) -> None:
 def draw_positions(cells: Sequence[perplexity.Cell], path: pathlib.Path) -> None:
   """Loss against context, and what sparse inference loses there, a line for each cell.
 
-  Lines of one text and length have one panel above the other; bands are standard errors.
+  Lines of one text and length have one panel above the other, and one colour in both; bands are
+  standard errors.
   """
   plt = _pyplot()
   panels: dict[tuple, list[perplexity.Cell]] = {}
@@ -88,19 +89,22 @@ def draw_positions(cells: Sequence[perplexity.Cell], path: pathlib.Path) -> None
     layout="constrained",
   )
   for column, ((source, length), own) in enumerate(panels.items()):
-    for cell in own:
+    for number, cell in enumerate(own):
       label = cell.mode + (f" {cell.budget}" if cell.budget else "")
+      line = dict(color=f"C{number % 10}", label=label)
       for axis, what in zip(axes[:, column], ("loss", "gap"), strict=True):
         x, y, error = np.array(
           [(p.last, getattr(p, what), getattr(p, f"{what}_se")) for p in cell.positions], float
         ).T
         if np.isfinite(y).any():
-          (line,) = axis.plot(x, y, ".-", label=label)
-          axis.fill_between(x, y - error, y + error, color=line.get_color(), alpha=0.2)
+          axis.plot(x, y, ".-", **line)
+          axis.fill_between(x, y - error, y + error, color=line["color"], alpha=0.2)
     axes[0, column].set_title(f"{source}, {length:,d} tokens", fontsize="medium")
     axes[0, column].legend(fontsize="small")
     axes[1, column].axhline(0.0, color="black", linewidth=0.5)
+    bounds = sorted({position.last for cell in own for position in cell.positions})
     axes[1, column].set_xscale("log", base=2)
+    axes[1, column].set_xticks(bounds, [f"{bound:,d}" for bound in bounds], rotation=45)
     axes[1, column].set_xlabel("tokens read before, at most")
   axes[0, 0].set_ylabel("loss (nats/token)")
   axes[1, 0].set_ylabel("sparse - full (nats/token)")

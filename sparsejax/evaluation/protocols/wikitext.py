@@ -62,8 +62,8 @@ def pages(documents: Iterable[str], *, is_table: bool) -> Iterator[str]:
   for text in documents:
     if not any(map(_is_title, text.split("\n"))):
       raise errors.DataError(
-        "--protocol=wikitext finds no title of a page, a line like ' = Title = '; name WikiText "
-        "as it is distributed, or take --protocol=documents."
+        "--protocol=wikitext finds no title of a page, a line like ' = Title = '; name "
+        "WikiText as it is distributed, or take --protocol=documents."
       )
     yield from _cut(text)
 

@@ -111,6 +111,7 @@ def test_losses_by_position_have_a_panel_for_each_text(saved):
     ("sparse 16", [16.0, 32.0], [0.1, 0.5])
   ]
   assert lines(nothing) == []
+  assert colors_of(gap)["sparse 16"] == colors_of(loss)["sparse 16"] != colors_of(loss)["full"]
 
 
 def test_curves_show_the_numbers(saved):

@@ -220,6 +220,10 @@ def test_losses_by_position_are_of_tokens_with_so_much_context(oracle, corpus):
   assert last.loss == pytest.approx((17 + 18 + 19 + 20) / 400)
   assert last.gap is None
   assert [p.gap for p in sparse.positions] == pytest.approx([0.01 * nats / 38, 0.00185])
+  # Of these only one document has some: there is no telling how much documents differ.
+  assert first.loss_se > 0
+  assert sparse.positions[0].gap_se == pytest.approx(0.01 * first.loss_se)
+  assert (last.loss_se, sparse.positions[1].gap_se) == (None, None)
   (cell,) = ask(make_subject(length=16), corpus, "documents")
   assert [p.last for p in cell.positions] == [16]
 
