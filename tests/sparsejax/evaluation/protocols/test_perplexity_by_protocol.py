@@ -1,5 +1,6 @@
 """Scores of oracles whose probabilities are known, under every protocol."""
 
+import dataclasses
 import math
 import pathlib
 import types
@@ -339,6 +340,23 @@ def test_a_uniform_model_is_as_perplexed_as_it_has_ids(corpus):
     assert full.perplexity == pytest.approx(320, rel=1e-5)
     assert sparse.gap == pytest.approx(0.0, abs=1e-6)
   assert full.word_perplexity == pytest.approx(320 ** (42 / 5), rel=1e-4)
+
+
+@pytest.mark.parametrize("length", [8, 32])
+def test_perplexity_per_word_is_that_of_the_harness(corpus, length):
+  """By its own task on the same texts, cut and scored by the adapter to it."""
+  pytest.importorskip("lm_eval")
+  from sparsejax.evaluation import harness_model
+
+  subject = make_subject(length=length)
+  params = small.make_params(subject.transformer, scale=4.0)
+  subject = dataclasses.replace(subject, params=params)
+  adapter = harness_model.of_subject(subject, mode="sparse", budget=8, progress=False)
+  requests = [types.SimpleNamespace(args=(text,)) for text in DOCUMENTS]
+  totals = adapter.loglikelihood_rolling(requests)
+  num_words = sum(held_out.count_words(text) for text in DOCUMENTS)
+  (cell,) = ask(subject, corpus, "documents", modes=("sparse",), budgets=(8,))
+  assert cell.word_perplexity == pytest.approx(math.exp(-sum(totals) / num_words), rel=1e-4)
 
 
 @pytest.mark.parametrize(
