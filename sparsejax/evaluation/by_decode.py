@@ -34,14 +34,20 @@ def make_token_score(
     ConfigError: when called, where `attention.kernels=strict` and there is no kernel.
   """
   decoder = caches.for_decoding(transformer)
-  program = jax.jit(
-    functools.partial(_score, decoder, stream), compiler_options=caches.COMPILER_OPTIONS
+  # Two programs, as generation has them.
+  read = jax.jit(functools.partial(_read, decoder, stream))
+  take = jax.jit(
+    functools.partial(_take, decoder, stream),
+    donate_argnames="cache",
+    compiler_options=caches.COMPILER_OPTIONS,
   )
 
   def score(params, batch: data.Batch) -> tuple[jax.Array, jax.Array]:
     b, t = batch.inputs.shape
     _check(decoder, stream, caches.room(decoder, batch=b, length=t))
-    return program(params, batch)
+    params = caches.cast(decoder.shape.dtype, params)
+    scores, cache = read(params, batch)
+    return take(params, batch, scores, cache=cache)[0]
 
   return score
 
@@ -58,36 +64,51 @@ def _check(decoder: model.Transformer, stream: method.Stream, room) -> None:
   caches.check_size(caches.spec(decoder, stream, room), free, caches.host_limit())
 
 
-def _score(decoder: model.Transformer, stream: method.Stream, params, batch: data.Batch):
+def _read(decoder: model.Transformer, stream: method.Stream, params, batch: data.Batch):
+  """Scores of the first counted targets, and the cache of what is ahead of them."""
   b, t = batch.inputs.shape
-  params = caches.cast(decoder.shape.dtype, params)
-  # Read as a prompt: up to the token that the first counted target follows.
-  read_B = jnp.argmax(batch.weights > 0, axis=1) + 1
-  num_steps = ((batch.segments > 0).sum(1) - read_B).max()
   room = caches.room(decoder, batch=b, length=t)
+  read_B = _num_read(batch)
   logits_BV, cache = prefill.prefill(
     decoder, params, batch.inputs, read_B, stream=stream, room=room
   )
-  nll_BT, is_hit_BT = jnp.zeros((b, t)), jnp.zeros((b, t), bool)
+  nothing = jnp.zeros((b, t)), jnp.zeros((b, t), bool)
+  return _note(nothing, batch, read_B - 1, logits_BV), cache
 
-  def note(scores, place_B, logits_BV):
-    """Of the targets of tokens that were read last; beyond a row's end nothing is noted."""
-    rows = jnp.arange(b)
-    target_B = batch.targets[rows, jnp.minimum(place_B, t - 1)]
-    nll_B = jax.nn.logsumexp(logits_BV, axis=-1) - logits_BV[rows, target_B]
-    found = nll_B, logits_BV.argmax(-1) == target_B
-    return tuple(
-      x_BT.at[rows, place_B].set(x_B, mode="drop")
-      for x_BT, x_B in zip(scores, found, strict=True)
-    )
+
+def _take(
+  decoder: model.Transformer, stream: method.Stream, params, batch: data.Batch, scores,
+  cache: past.Cache,
+):  # fmt: skip
+  """Scores of all counted targets, token by token, and the cache."""
+  b, t = batch.inputs.shape
+  read_B = _num_read(batch)
+  num_steps = ((batch.segments > 0).sum(1) - read_B).max()
 
   def take(number, carry):
-    cache, *scores = carry
+    scores, cache = carry
     place_B = read_B + number
     ids_B = batch.inputs[jnp.arange(b), jnp.minimum(place_B, t - 1)]
     logits_BV, cache = caches.step(decoder, params, cache, ids_B, stream=stream)
-    return cache, *note(scores, place_B, logits_BV)
+    return _note(scores, batch, place_B, logits_BV), cache
 
-  begin: tuple[past.Cache, ...] = cache, *note((nll_BT, is_hit_BT), read_B - 1, logits_BV)
-  _, *scores = jax.lax.fori_loop(0, num_steps, take, begin)
-  return tuple(scores)
+  # With the cache, which takes the place of the one given up.
+  return jax.lax.fori_loop(0, num_steps, take, (scores, cache))
+
+
+def _num_read(batch: data.Batch) -> jax.Array:
+  """Tokens that are read as a prompt: up to that which the first counted target follows."""
+  return jnp.argmax(batch.weights > 0, axis=1) + 1
+
+
+def _note(scores, batch: data.Batch, place_B, logits_BV):
+  """Scores with those of the targets behind tokens; beyond a row's end nothing is noted."""
+  b, t = batch.inputs.shape
+  rows = jnp.arange(b)
+  target_B = batch.targets[rows, jnp.minimum(place_B, t - 1)]
+  nll_B = jax.nn.logsumexp(logits_BV, axis=-1) - logits_BV[rows, target_B]
+  found = nll_B, logits_BV.argmax(-1) == target_B
+  return tuple(
+    x_BT.at[rows, place_B].set(x_B, mode="drop")
+    for x_BT, x_B in zip(scores, found, strict=True)
+  )

@@ -33,7 +33,7 @@ def make_batch():
 
 @pytest.mark.parametrize(
   ("name", "stream"),
-  [("ssa_nosa", "sparse"), ("nsa", "sparse"), ("in_turn", "sparse")],
+  [("ssa_nosa", "sparse"), ("nsa", "sparse")],
 )
 def test_every_counted_token_has_the_score_of_a_forward_pass(name, stream):
   """Rows of other lengths beside each other, read as a prompt up to where they count."""

@@ -192,6 +192,8 @@ def test_samples_of_books_end_alike_at_every_length(oracle, tmp_path):
   assert [cell.stride for cell in (short, long)] == [256, 256]
   assert short.loss == pytest.approx(np.mean(range(257, 513)) / 100)
   assert long.loss == pytest.approx(np.mean(range(769, 1025)) / 100)
+  # Of the same targets, as many have even ids.
+  assert short.accuracy == long.accuracy
   (one,) = ask(subject, str(tmp_path), "pg19", lengths=(1024,), max_rows=1)
   assert (one.num_samples, one.loss_se) == (1, None)
   with pytest.raises(errors.DataError, match=r"no document of .* has the 1025 tokens .* 601\."):
