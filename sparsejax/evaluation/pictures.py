@@ -76,7 +76,7 @@ def draw_positions(cells: Sequence[perplexity.Cell], path: pathlib.Path) -> None
   Lines of one text and length have one panel above the other, and one colour in both; bands are
   standard errors.
   """
-  plt = _pyplot()
+  plt = pyplot()
   panels: dict[tuple, list[perplexity.Cell]] = {}
   for cell in cells:
     if cell.positions:

@@ -6,22 +6,25 @@ import pathlib
 from sparsejax.evaluation import markdown, perplexity, pictures
 
 
-def show(cells: Sequence[perplexity.Cell], out: pathlib.Path) -> str:
-  """A table of losses by context as markdown, and `perplexity_by_position.png` in a folder.
+def show(
+  cells: Sequence[perplexity.Cell], out: pathlib.Path
+) -> tuple[str, tuple[pathlib.Path, ...]]:
+  """A table of losses by context as markdown, and a picture, `perplexity_by_position.png`.
 
   Args:
     cells: of `perplexity`; without positions there is nothing to show.
-    out: the folder, which is made.
+    out: the folder of the picture, which is made.
   """
   if len(found := rows(cells)) < 2:
-    return ""
+    return "", ()
   text = f"\nloss by tokens read before\n\n{markdown.align(found)}"
   # What was measured is not lost for want of a picture.
   if (reason := pictures.why_none()) is not None:
-    return f"{text}\nno picture: {reason}\n"
+    return f"{text}\nno picture: {reason}\n", ()
   out.mkdir(parents=True, exist_ok=True)
-  pictures.draw_positions(cells, out / "perplexity_by_position.png")
-  return text
+  picture = out / "perplexity_by_position.png"
+  pictures.draw_positions(cells, picture)
+  return text, (picture,)
 
 
 def rows(cells: Sequence[perplexity.Cell]) -> list[tuple[str, ...]]:

@@ -68,8 +68,9 @@ def _perplexity(subject, request: requests.Request, out):
   )
 
   def tell(values):
-    cells, text = planned.tell(values)
-    return cells, text + show_positions.show(cells, out)
+    told = planned.tell(values)
+    text, drawn = show_positions.show(told.cells, out)
+    return plans.Told(told.cells, told.text + text, drawn)
 
   return plans.Plan(planned.units, tell)
 

@@ -74,7 +74,9 @@ def of_parts(
         row_length=config.data.sequence_length,
         num_rows=num_rows,
       ),
-      samples=functools.partial(_samples, part=part, what=name(part), mode=mode, budget=budget),
+      samples=functools.partial(
+        samples, what=name(part), asked=part.fingerprint, mode=mode, budget=budget
+      ),
     )
     for mode, budget in asked
     for part in found
@@ -134,11 +136,11 @@ def _measure(
   )
 
 
-def _samples(
-  value, *, part: parts.Part, what: str, mode: str, budget: int | None
+def samples(
+  value: dict[str, Any], *, what: str, asked: str, mode: str, budget: int | None
 ) -> list[plans.Samples]:
-  """Rows, windows or documents."""
-  same = dict(what=what, mode=mode, budget=budget, asked=part.fingerprint)
+  """Rows, windows or documents of a value; see `plans.Samples`."""
+  same = dict(what=what, asked=asked, mode=mode, budget=budget)
   found = [
     plans.Samples(
       metric="loss (nats/token)",

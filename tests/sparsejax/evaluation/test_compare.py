@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from sparsejax import errors
-from sparsejax.evaluation import compare, perplexity, plans
+from sparsejax.evaluation import compare, plans
 from sparsejax.evaluation.needles import task as needles
+from sparsejax.evaluation.protocols import units
 
 
 def samples(sums, weights=(1.0, 1.0, 1.0, 1.0), **changes):
@@ -128,12 +129,12 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
 
 def test_samples_of_perplexity_are_rows():
   value = dict(nll=[2.0, 6.0], hits=[0, 1], num_tokens=[4.0, 8.0], num_bytes=[5.0, 11.0])
-  loss, bits = perplexity._samples(value, source="web", mode="full", budget=None)
+  loss, bits = units.samples(value, what="web", asked="", mode="full", budget=None)
   assert (loss.sums, loss.weights) == ((2.0, 6.0), (4.0, 8.0))
   assert bits.sums == (2.0 / math.log(2), 6.0 / math.log(2))
   assert (bits.metric, bits.weights) == ("bits/byte", (5.0, 11.0))
-  (loss,) = perplexity._samples(
-    value | dict(num_bytes=[0.0, 0.0]), source="web", mode="full", budget=None
+  (loss,) = units.samples(
+    value | dict(num_bytes=[0.0, 0.0]), what="web", asked="", mode="full", budget=None
   )
   assert (loss.what, loss.mode, loss.metric) == ("web", "full", "loss (nats/token)")
 
