@@ -33,7 +33,8 @@ TASKS = flags.DEFINE_list(
   ["perplexity"],
   "What to ask: perplexity; block_lists, which the model chooses; diagnostics; locality, what "
   "of its lists stays from one token to the next; throughput of decoding; needle, what it "
-  "finds in long contexts; lm_eval, tasks of lm-evaluation-harness.",
+  "finds in long contexts; lm_eval, tasks of lm-evaluation-harness; sparsity, where heads' "
+  "attention lies and what is lost by reading some of it.",
 )
 MODES = flags.DEFINE_list("modes", ["full", "sparse"], "Modes of inference.")
 BUDGETS = flags.DEFINE_list(
@@ -50,7 +51,8 @@ LENGTHS = flags.DEFINE_list(
   "lengths",
   [],
   "Contexts of locality and throughput, in tokens (half of a row if none); windows of "
-  "perplexity and questions of needle (a row if none), and texts that RULER makes.",
+  "perplexity, rows of sparsity and questions of needle (a row if none), and texts that RULER "
+  "makes.",
 )
 PROTOCOL = flags.DEFINE_string(
   "protocol",

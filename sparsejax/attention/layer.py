@@ -50,6 +50,7 @@ class Attention(nn.Module):
     # For whoever looks: apply(..., mutable=["intermediates"]).
     self.sow("intermediates", "queries", q_BTHD)
     self.sow("intermediates", "keys", k_BTKD)
+    self.sow("intermediates", "values", v_BTKD)
 
     gate_BTH = self._gate(x_BTE)
     tokens = method.Tokens(segments_BT, gate_BTH, use_full, x_BTE, angles_BTD)

@@ -2,7 +2,7 @@
 
 All functions take or give probabilities `p_BPHS`: what each head of a sampled query puts on
 every key under full attention. Letters: B batch, P sampled queries, T queries, S keys, H query
-heads, K key/value heads, G = H // K, D head size, M blocks listed.
+heads, K key/value heads, G = H // K, D head size, M blocks listed, N blocks.
 """
 
 import jax
@@ -15,7 +15,7 @@ def sample_positions(length: int, num_queries: int) -> jax.Array:
   return ((jnp.arange(num_queries) + 1) * length // num_queries - 1).astype(jnp.int32)
 
 
-def probabilities(
+def scores(
   q_BPHD,
   k_BSKD,
   positions_P,
@@ -24,9 +24,9 @@ def probabilities(
   key_bias_BSK=None,
   scale: float | None = None,
 ) -> jax.Array:
-  """Full attention's probabilities, float32 [B, P, H, S].
+  """Scores of all keys, float32 [B, P, H, S]; -inf for keys that a query does not see.
 
-    p(t, j) = exp(scale q(t) k(j) + b(j)) / sum over j' <= t of the same
+    s(t, j) = scale q(t) k(j) + b(j) where j <= t
 
   Args:
     q_BPHD: the sampled queries.
@@ -39,14 +39,28 @@ def probabilities(
   (b, p, h, d), (_, s, k, _) = q_BPHD.shape, k_BSKD.shape
   scale = d**-0.5 if scale is None else scale
   q_BPKGD = q_BPHD.reshape(b, p, k, h // k, d).astype(jnp.float32)
-  scores = jnp.einsum("bpkgd,bskd->bpkgs", q_BPKGD, k_BSKD.astype(jnp.float32)) * scale
+  found = jnp.einsum("bpkgd,bskd->bpkgs", q_BPKGD, k_BSKD.astype(jnp.float32)) * scale
   if key_bias_BSK is not None:
-    scores += key_bias_BSK.astype(jnp.float32).transpose(0, 2, 1)[:, None, :, None]
+    found += key_bias_BSK.astype(jnp.float32).transpose(0, 2, 1)[:, None, :, None]
   is_seen_BPS = (jnp.arange(s)[None] <= positions_P[:, None])[None]
   if segments_BS is not None:
     is_seen_BPS &= segments_BS[:, positions_P, None] == segments_BS[:, None, :]
-  scores = jnp.where(is_seen_BPS[:, :, None, None], scores, -jnp.inf)
-  return jax.nn.softmax(scores, axis=-1).reshape(b, p, h, s)
+  found = jnp.where(is_seen_BPS[:, :, None, None], found, -jnp.inf)
+  return found.reshape(b, p, h, s)
+
+
+def probabilities(q_BPHD, k_BSKD, positions_P, **of_scores) -> jax.Array:
+  """Full attention's probabilities, float32 [B, P, H, S], of what `scores` takes.
+
+  p(t, j) = exp(s(t, j)) / sum over j' <= t of exp(s(t, j'))
+  """
+  return jax.nn.softmax(scores(q_BPHD, k_BSKD, positions_P, **of_scores), axis=-1)
+
+
+def is_listed(blocks_BPKM, num_blocks: int) -> jax.Array:
+  """Whether a query lists each of the blocks that there are, bool [B, P, K, N]."""
+  blocks_N = jnp.arange(num_blocks)[None, None, None, None]
+  return (blocks_BPKM[..., None] == blocks_N).any(-2)
 
 
 def attention_sparsity(p_BPHS, blocks_BPKM, block_size: int) -> jax.Array:
@@ -66,9 +80,7 @@ def attention_sparsity(p_BPHS, blocks_BPKM, block_size: int) -> jax.Array:
   num_blocks = -(-s // block_size)
   p_BPHS = jnp.pad(p_BPHS, [(0, 0)] * 3 + [(0, num_blocks * block_size - s)])
   mass_BPKGN = p_BPHS.reshape(b, p, k, h // k, num_blocks, block_size).sum(-1)
-  is_listed_BPKN = (
-    blocks_BPKM[..., None] == jnp.arange(num_blocks)[None, None, None, None]
-  ).any(-2)
+  is_listed_BPKN = is_listed(blocks_BPKM, num_blocks)
   return jnp.where(is_listed_BPKN[:, :, :, None], mass_BPKGN, 0.0).sum(-1).reshape(b, p, h)
 
 

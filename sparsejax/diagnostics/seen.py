@@ -12,7 +12,7 @@ def by_place(seen, name: str) -> dict[int, jax.Array]:
 
   Args:
     seen: the variables that `apply` returned.
-    name: `queries`, `keys`, `key_bias` or `blocks`.
+    name: `queries`, `keys`, `values`, `key_bias` or `blocks`.
   """
   found = {}
   for path, value in jax.tree_util.tree_flatten_with_path(seen)[0]:

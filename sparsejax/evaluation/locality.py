@@ -15,6 +15,7 @@ import numpy as np
 
 import pallas_kernels
 from sparsejax import attention, errors, sharding
+from sparsejax.attention import method
 from sparsejax.diagnostics import block_choice, seen
 from sparsejax.evaluation import contexts
 from sparsejax.evaluation import subject as subjects
@@ -122,7 +123,7 @@ def run(
         hit_rate=float(late_hits.sum() / (late_hits.sum() + late.sum())),
         gamma=float(gamma.mean()),
         least_gamma=float(gamma.min()),
-        bound=_bound(subject),
+        bound=most_new(subject.transformer.options),
         misses_by_layer=tuple(tuple(float(x) for x in layer) for layer in by_layer),
       )
     )
@@ -161,9 +162,11 @@ def _count(lists_SRKM, num_slots: int):
   return tuple(x.reshape(num_steps, *rows) for x in counts)
 
 
-def _bound(subject: subjects.Subject) -> int | None:
-  """Blocks that are not in the list before: see `attention.nosa`."""
-  options = subject.transformer.options
+def most_new(options: method.Options) -> int | None:
+  """Blocks of a list, at most, that the one before has not: the theorem in `attention.nosa`.
+
+  None where the method promises nothing.
+  """
   if attention.sparse_names(options) != ("nosa",):
     return None
   # A query's first block of its own was listed by none.

@@ -24,7 +24,8 @@ class Request:
     batch_size: rows at once; 0 is that of training.
     kernels: `auto` or `strict`; None is as trained.
     lengths: contexts, in tokens, after which is decoded; () is half of `sequence_length`. Of
-      questions about needles and of windows of perplexity, theirs; () is `sequence_length`.
+      questions about needles, of windows of perplexity and of rows for sparsity, theirs; () is
+      `sequence_length`.
     num_steps: that are decoded after a context.
     spare: slots for blocks beyond those of a list; () is 0, 16, 32 and 64 for locality, and
       all pages on the device for throughput.

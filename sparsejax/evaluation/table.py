@@ -56,7 +56,8 @@ def run(
   Each task leaves `TASK.json` (with config, commit, versions and device) and `TASK.md`;
   block_lists also `block_lists.npy`, int32 [layers, T, K, M], and locality for every context
   `lists/CONTEXT.npy`, int32 [steps, layers, rows, K, M]; throughput also a picture, and needle
-  its maps in `needle`. All together are `results.json`, `results.md` and `report.html`.
+  and sparsity theirs in folders of their names. All together are `results.json`, `results.md`
+  and `report.html`.
   Of several checkpoints each has a directory of its own for what is not all together. What is
   finished is in `cells.jsonl` (see `ledger`), and not done again by a like request.
 

@@ -18,6 +18,8 @@ from sparsejax.evaluation import (
   pictures,
   plans,
   show_positions,
+  sparsity,
+  sparsity_show,
   throughput,
 )
 from sparsejax.evaluation import request as requests
@@ -219,6 +221,24 @@ def _lm_eval(subject, request: requests.Request, out):
   )
 
 
+def _sparsity(subject, request: requests.Request, out):
+  units = sparsity.plan(
+    subject,
+    modes=request.modes,
+    budgets=request.budgets,
+    lengths=request.lengths,
+    num_rows=request.max_rows,
+    batch_size=request.batch_size,
+  )
+
+  def tell(values):
+    cells = sparsity.cells(units, values, subject)
+    text, drawn = sparsity_show.draw(cells, out / "sparsity")
+    return plans.Told(cells, f"{markdown.align(sparsity_show.rows(cells))}\n{text}", drawn)
+
+  return plans.Plan(units, tell)
+
+
 def _cells(values, kind):
   """Cells of units whose values are lists of them."""
   return [
@@ -229,7 +249,7 @@ def _cells(values, kind):
 
 
 # That read contexts of --lengths, and are refused those beyond what RoPE reaches.
-READ_LENGTHS = {"perplexity", "locality", "needle", "lm_eval"}
+READ_LENGTHS = {"perplexity", "locality", "needle", "lm_eval", "sparsity"}
 
 # Each makes a plan, of a checkpoint that is described and not yet loaded, a request, and the
 # directory of results.
@@ -241,4 +261,5 @@ TASKS = {
   "throughput": _throughput,
   "needle": _needle,
   "lm_eval": _lm_eval,
+  "sparsity": _sparsity,
 }
