@@ -8,6 +8,7 @@ import numpy as np
 
 from sparsejax.evaluation import pictures, sparsity
 
+_MARKERS = {"full": "o", "sparse": "x", None: "."}
 # Panels of the curves; the second number of one is dashed.
 _CURVES = (
   ("attn_sparsity",),
@@ -67,9 +68,10 @@ def _draw_curves(cells: Sequence[sparsity.Cell], path: pathlib.Path) -> None:
   plt = pictures.pyplot()
   figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
   lengths, lines = _lengths(cells), _lines(cells)
-  ways = list(dict.fromkeys((mode, budget) for _, mode, budget in lines))
+  budgets = sorted({cell.budget for cell in cells if cell.budget is not None})
+  colors = {None: "black"} | {budget: f"C{i}" for i, budget in enumerate(budgets)}
   for axis, names in zip(axes.flat, _CURVES, strict=True):
-    axis.set_title(", ".join(sparsity.NAMES[name] for name in names), fontsize="medium")
+    axis.set_title("; dashed: ".join(sparsity.NAMES[n] for n in names), fontsize="medium")
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{n:,d}" for n in lengths])
     axis.set_xlabel("tokens")
@@ -82,14 +84,15 @@ def _draw_curves(cells: Sequence[sparsity.Cell], path: pathlib.Path) -> None:
         [cell.value for cell in line],
         [cell.se or 0.0 for cell in line],
         label=label if name == names[0] else None,
-        color=f"C{ways.index((mode, budget))}",
+        color=colors[budget],
         linestyle="--" if names.index(name) else "-",
-        marker=".",
+        marker=_MARKERS[mode],
+        fillstyle="none",
         capsize=2,
       )
       if name == "gamma_min" and line[0].limit is not None:
         x, y = [cell.length for cell in line], [cell.limit for cell in line]
-        axis.plot(x, y, ":", color=f"C{ways.index((mode, budget))}")
+        axis.plot(x, y, ":", color=colors[budget])
     if axis.has_data():
       axis.legend(fontsize="small")
   figure.savefig(path, dpi=120)
@@ -128,13 +131,17 @@ def _draw_heads(cells: Sequence[sparsity.Cell], path: pathlib.Path) -> None:
 
 
 def _lines(cells: Sequence[sparsity.Cell]) -> dict[tuple, list[sparsity.Cell]]:
-  """Cells that differ in their length alone, names in the order of `sparsity.NAMES`."""
+  """Cells that differ in their length alone, in the order of numbers, modes and budgets."""
+  names = list(sparsity.NAMES)
   lines = {}
-  for name in sparsity.NAMES:
-    for cell in cells:
-      if cell.name == name:
-        lines.setdefault((name, cell.mode, cell.budget), []).append(cell)
-  return lines
+  for cell in cells:
+    lines.setdefault((cell.name, cell.mode, cell.budget), []).append(cell)
+
+  def order(key):
+    name, mode, budget = key
+    return names.index(name), mode or "", budget or 0
+
+  return {key: lines[key] for key in sorted(lines, key=order)}
 
 
 def _lengths(cells: Sequence[sparsity.Cell]) -> list[int]:
