@@ -9,6 +9,7 @@ some are small by chance.
 from collections.abc import Sequence
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -90,9 +91,9 @@ def check(
   Raises:
     DataError: the two are asked about different data, or at different budgets.
   """
-  theirs = {plans.digest(unit.key) for unit in others}
+  theirs = {plans.digest(_about(unit)) for unit in others}
   for unit in units:
-    if plans.digest(unit.key) in theirs:
+    if plans.digest(_about(unit)) in theirs:
       continue
     same_but = [
       [name for name in unit.key if unit.key[name] != other.key.get(name)]
@@ -110,13 +111,19 @@ def check(
       raise errors.DataError(
         f"{pair} cannot be compared sample by sample in {unit.key['task']}: their tokenizers "
         f"differ ({subject.corpus.tokenizer.fingerprint} and "
-        f"{reference.corpus.tokenizer.fingerprint}), and with them rows and questions. Compare "
-        "bits per byte of their tables, or leave --compare out."
+        f"{reference.corpus.tokenizer.fingerprint}), and with them rows and questions. Leave "
+        "--compare out, or compare bits per byte: --tasks=perplexity --protocol=documents of a "
+        "--corpus."
       )
     raise errors.DataError(
       f"{pair} cannot be compared sample by sample in {unit.key['task']}: they differ in "
       f"{', '.join(names)}; name the same --sources and --sequence_length for both."
     )
+
+
+def _about(unit: plans.Unit) -> dict[str, Any]:
+  """What must be the same of both: of pieces of a text, the text in place of its tokens."""
+  return {**unit.key} if unit.text is None else {**unit.key, "data": unit.text}
 
 
 def differences(
@@ -125,8 +132,18 @@ def differences(
   samples: Sequence[plans.Samples],
   reference: str,
   others: Sequence[plans.Samples],
+  *,
+  same_tokenizer: bool = True,
 ) -> list[Difference]:
   """Every line of one checkpoint against the same line of the other.
+
+  Where tokenizers differ, losses per token do not compare and are left out.
+
+  Args:
+    task: of all of them.
+    run, reference: names of the two.
+    samples, others: of each.
+    same_tokenizer: whether the two have one.
 
   Raises:
     DataError: lines of the same name are of different samples.
@@ -134,6 +151,8 @@ def differences(
   theirs = {(x.what, x.mode, x.budget, x.metric): x for x in others}
   found = []
   for own in samples:
+    if own.needs_tokenizer and not same_tokenizer:
+      continue
     other = theirs.get((own.what, own.mode, own.budget, own.metric))
     if other is None or other.asked != own.asked or other.weights != own.weights:
       raise errors.DataError(

@@ -220,6 +220,7 @@ def _samples(value, *, mode: str, budget: int | None, seed: int | None) -> list[
       sums=tuple(sums),
       weights=tuple(weights),
       asked=about["asked"],
+      needs_tokenizer=False,
     )
     for task, about in value["samples"].items()
     for metric, (sums, weights) in about["metrics"].items()

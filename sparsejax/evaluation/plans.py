@@ -27,6 +27,7 @@ class Samples:
     sums: of each sample; the metric is their total, divided by that of
     weights: of each sample, as numbers of tokens, or ones.
     asked: of what was asked; equal if the samples are the same.
+    needs_tokenizer: whether the weights, or what was asked, are tokens.
   """
 
   what: str
@@ -36,6 +37,7 @@ class Samples:
   sums: tuple[float, ...]
   weights: tuple[float, ...]
   asked: str = ""
+  needs_tokenizer: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,12 +50,15 @@ class Unit:
     measure: does it; what it returns is JSON.
     samples: what the value says of single samples; None of what is not compared.
     files: below the directory of results, which `measure` leaves.
+    text: of the text that samples are pieces of, where these are the same whatever the
+      tokenizer; else None. Its key has `data`, which depends on the tokenizer.
   """
 
   key: Mapping[str, Any]
   measure: Callable[[subjects.Subject], Any]
   samples: Callable[[Any], list[Samples]] | None = None
   files: tuple[str, ...] = ()
+  text: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,6 +215,15 @@ def _compare(asked: Sequence[_Asked]) -> list[compare.Difference]:
     for own in others
     for task, samples in own.samples.items()
     for line in compare.differences(
-      task, own.name, samples, reference.name, reference.samples[task]
+      task,
+      own.name,
+      samples,
+      reference.name,
+      reference.samples[task],
+      same_tokenizer=_tokenizer(own) == _tokenizer(reference),
     )
   ]
+
+
+def _tokenizer(asked: _Asked) -> str:
+  return asked.subject.corpus.tokenizer.fingerprint

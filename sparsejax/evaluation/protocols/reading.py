@@ -13,7 +13,7 @@ import numpy as np
 from sparsejax import errors
 from sparsejax.data import batch as data
 from sparsejax.data import corpus as corpora
-from sparsejax.evaluation import row_batches
+from sparsejax.evaluation import plans, row_batches
 from sparsejax.evaluation.protocols import held_out, windows
 
 
@@ -39,6 +39,16 @@ class Reading:
   bytes_per_id: np.ndarray | None
   num_bytes_U: np.ndarray | None = None
   num_words_U: np.ndarray | None = None
+
+  @property
+  def text(self) -> str | None:
+    """Of units that are whole texts, which are the same whatever the tokenizer; else None.
+
+    Texts are told apart by their bytes and words alone, and by their names elsewhere.
+    """
+    if self.num_bytes_U is None or self.num_words_U is None:
+      return None
+    return plans.digest([self.num_bytes_U.tolist(), self.num_words_U.tolist()])
 
 
 class _Windows:

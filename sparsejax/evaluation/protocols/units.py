@@ -75,8 +75,14 @@ def of_parts(
         num_rows=num_rows,
       ),
       samples=functools.partial(
-        samples, what=name(part), asked=part.fingerprint, mode=mode, budget=budget
+        samples,
+        what=name(part),
+        asked=part.fingerprint,
+        text=part.reading.text,
+        mode=mode,
+        budget=budget,
       ),
+      text=part.reading.text,
     )
     for mode, budget in asked
     for part in found
@@ -137,21 +143,35 @@ def _measure(
 
 
 def samples(
-  value: dict[str, Any], *, what: str, asked: str, mode: str, budget: int | None
+  value: dict[str, Any],
+  *,
+  what: str,
+  asked: str,
+  text: str | None = None,
+  mode: str,
+  budget: int | None,
 ) -> list[plans.Samples]:
   """Rows, windows or documents of a value; see `plans.Samples`."""
-  same = dict(what=what, asked=asked, mode=mode, budget=budget)
+  same = dict(what=what, mode=mode, budget=budget)
   found = [
     plans.Samples(
       metric="loss (nats/token)",
       sums=tuple(value["nll"]),
       weights=tuple(value["num_tokens"]),
+      asked=asked,
       **same,
     )
   ]
   if any(value["num_bytes"]):
     bits = tuple(x / math.log(2) for x in value["nll"])
     found.append(
-      plans.Samples(metric="bits/byte", sums=bits, weights=tuple(value["num_bytes"]), **same)
+      plans.Samples(
+        metric="bits/byte",
+        sums=bits,
+        weights=tuple(value["num_bytes"]),
+        asked=asked if text is None else text,
+        needs_tokenizer=text is None,
+        **same,
+      )
     )
   return found

@@ -99,9 +99,9 @@ def subject(name, tokenizer="bytes"):
   return types.SimpleNamespace(path=pathlib.Path(name), corpus=corpus)
 
 
-def unit(**key):
+def unit(text=None, **key):
   about = dict(task="perplexity", source="web", data="d1", mode="sparse", budget=64)
-  return plans.Unit(key=about | key, measure=None, samples=lambda value: [])
+  return plans.Unit(key=about | key, measure=None, samples=lambda value: [], text=text)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,30 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
   with pytest.raises(kind, match=rf"runs/a and runs/b .*{message}"):
     compare.check(mine, [full, unit()], theirs, [full, other])
   compare.check(mine, [full, unit()], theirs, [unit(), full])
+
+
+def test_whole_documents_compare_whatever_the_tokenizer():
+  """In bits per byte; losses per token are left out."""
+  mine = unit(data="bytes' tokens", text="t")
+  compare.check(subject("a"), [mine], subject("b", "bpe"), [unit(data="bpe's", text="t")])
+  with pytest.raises(errors.DataError, match=r"tokenizers differ.*--protocol=documents"):
+    compare.check(subject("a"), [mine], subject("b", "bpe"), [unit(data="bpe's", text="u")])
+  value = dict(nll=[math.log(2) * 8, math.log(2) * 6], num_bytes=[4.0, 2.0])
+  both = [
+    units.samples(
+      value | dict(num_tokens=num_tokens, nll=[scale * x for x in value["nll"]]),
+      what="web",
+      asked=asked,
+      text="t",
+      mode="full",
+      budget=None,
+    )
+    for num_tokens, asked, scale in (([4.0, 2.0], "bytes", 1.0), ([2.0, 1.0], "bpe", 0.5))
+  ]
+  (line,) = compare.differences("perplexity", "a", both[0], "b", both[1], same_tokenizer=False)
+  assert (line.metric, line.value, line.reference_value) == ("bits/byte", 14 / 6, 7 / 6)
+  with pytest.raises(errors.DataError, match="their samples are not the same"):
+    compare.differences("perplexity", "a", both[0], "b", both[1])
 
 
 def test_samples_of_perplexity_are_rows():

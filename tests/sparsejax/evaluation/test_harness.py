@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness: what is asked how, what comes out, what is refused."""
 
 import json
+import math
 import statistics
 
 import pytest
@@ -50,8 +51,10 @@ def offline(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_real_tasks_are_asked_in_every_mode_and_budget(workdir, folder, offline):
+def test_real_tasks_are_asked_in_every_mode_and_budget(workdir, folder, offline, monkeypatch):
   """A choice among continuations, perplexity and generated answers; written like all tables."""
+  from sparsejax.evaluation import harness_model
+
   request = requests.Request(
     path=workdir,
     tasks=("lm_eval",),
@@ -85,10 +88,53 @@ def test_real_tasks_are_asked_in_every_mode_and_budget(workdir, folder, offline)
   assert choice.spread is None
   assert choice.seeds == []  # as JSON has it
   assert of_full["tiny_text", "word_perplexity"].num_samples == 4
+  assert _by_sample(out, "full") == pytest.approx(
+    {key: cell.value for key, cell in of_full.items()}
+  )
+  monkeypatch.setattr(harness_model, "evaluate", None)
+  again, _ = table.run(request, base.get_config())
+  assert "cells: 0 measured, 3 taken" in again
+  assert again.partition("\ncells: ")[0] == text.partition("\ncells: ")[0]
   # Texts of about 50 bytes: 8 keys are not all of them, and 320 ids are hardly known.
   words = {cell.budget: cell.value for cell in cells if cell.metric == "word_perplexity"}
   assert words[8] != words[None]
   assert words[None] > 100
+
+
+def _by_sample(out, mode):
+  """Metrics by task and name, from what a ledger has of single samples."""
+  entries = map(json.loads, (out / "cells.jsonl").read_text().splitlines())
+  (value,) = (x["value"] for x in entries if x["key"]["unit"]["mode"] == mode)
+  metrics = {}
+  for samples in harness._samples(value, mode=mode, budget=None, seed=None):
+    mean = sum(samples.sums) / sum(samples.weights)
+    if samples.metric == "loss (nats/word)":
+      metrics[samples.what, "word_perplexity"] = math.exp(mean)
+    else:
+      metrics[samples.what, samples.metric.replace("bits/byte", "bits_per_byte")] = mean
+  return metrics
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_documents_and_settings_tell_tasks_apart(tmp_path, offline):
+  from sparsejax.evaluation import harness_model
+
+  def fingerprint(folder, limit=None):
+    harness_model._manager.cache_clear()
+    manager = harness_model.find_manager(["tiny_choice"], folder)
+    tasks = harness_model.load(manager, ["tiny_choice"], max_length=64)
+    return harness_model.fingerprint(tasks, limit)
+
+  first = fingerprint(harness_files.write(tmp_path / "a"))
+  assert fingerprint(tmp_path / "a") == first
+  assert fingerprint(tmp_path / "a", 5) != first
+  data = tmp_path / "a" / "choice.json"
+  data.write_text(data.read_text().replace("river", "lake"))
+  second = fingerprint(tmp_path / "a")
+  assert second != first
+  task = tmp_path / "a" / "tiny_choice.yaml"
+  task.write_text(task.read_text().replace("{metric: acc_norm}", "{metric: f1}"))
+  assert fingerprint(tmp_path / "a") != second
 
 
 @pytest.mark.filterwarnings("ignore")
