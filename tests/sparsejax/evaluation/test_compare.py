@@ -56,8 +56,9 @@ def test_without_spread_there_is_no_test():
   ones = np.ones(3)
   assert compare.paired([1.0], [3.0], [1.0]) == (-2.0, None, None, None)
   assert compare.paired([5.0] * 3, [5.0] * 3, ones) == (0.0, 0.0, None, 1.0)
-  # In binary, what is left of 0.1 is not nothing.
-  assert compare.paired([0.3] * 3, [0.2] * 3, ones)[1:] == (0.0, None, None)
+  # Three tenths of each weight, which in binary are none.
+  weights = np.array([1.0, 2.0, 4.0])
+  assert compare.paired(0.3 * weights, 0 * weights, weights)[1:] == (0.0, None, None)
 
 
 def test_lines_are_of_the_same_samples():

@@ -23,13 +23,13 @@ class Terminal(io.StringIO):
 
 
 def test_units_of_a_task_are_taken_to_be_alike():
-  shown = progress.Progress(["a", "a", "b", "b", "c"], stream=io.StringIO())
+  shown = progress.Progress(["a", "a", "b", "b", "b", "c"], stream=io.StringIO())
   assert shown.remaining() == 0.0  # nothing is known yet
   shown.end("a", 10.0)
-  assert shown.remaining() == pytest.approx(10 + 2 * 10 + 10)
+  assert shown.remaining() == pytest.approx(10 + 3 * 10 + 10)
   shown.end("b", 2.0)
   # Of `c` nothing is known but what others take.
-  assert shown.remaining() == pytest.approx(10 + 2 + 6)
+  assert shown.remaining() == pytest.approx(10 + 2 * 2 + 6)
 
 
 def test_lines_come_now_and_then_and_at_the_end():
