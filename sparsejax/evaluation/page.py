@@ -10,6 +10,9 @@ from sparsejax.evaluation import compare, figures, markdown, pictures, results
 
 NAME = "report.html"
 
+# Of a task; others are shown when asked for.
+_MOST_SHOWN = 8
+
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1b1f24; margin: 0 auto; padding: 1.5rem;
   max-width: 78rem; }
@@ -125,16 +128,23 @@ def _task(
       )
       for x, answer in found
     ]
-    for figure in figures.draw(task, shown):
-      data = base64.b64encode(figure.png).decode()
-      caption = html.escape(figure.caption)
-      yield f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-      yield f"<figcaption>{caption}</figcaption></figure>"
+    drawn = [_figure(figure) for figure in figures.draw(task, shown)]
+    yield from drawn[:_MOST_SHOWN]
+    if more := drawn[_MOST_SHOWN:]:
+      yield f"<details><summary>{len(more)} more pictures</summary>"
+      yield from more
+      yield "</details>"
   for x, answer in found:
     if len(checkpoints) > 1:
       yield f"<h3>{html.escape(x.name)}</h3>"
     for block in markdown.blocks(answer.text):
       yield _note(block) if isinstance(block, str) else _table(block)
+
+
+def _figure(figure: figures.Figure) -> str:
+  data, caption = base64.b64encode(figure.png).decode(), html.escape(figure.caption)
+  image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+  return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -116,7 +116,7 @@ def write_all(
       for x in checkpoints
     ],
     differences=[dataclasses.asdict(line) for line in differences],
-    cells=[dict(taken=x.taken, measured=x.measured, commits=x.commits) for x in counts],
+    counts=[dict(taken=x.taken, measured=x.measured, commits=x.commits) for x in counts],
   )
   out.mkdir(parents=True, exist_ok=True)
   (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")

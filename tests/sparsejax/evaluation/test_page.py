@@ -264,6 +264,20 @@ def test_nothing_is_fetched_and_pictures_are_inside(written):
   assert not re.search(r"https?://|<script|@import|<link", text)
 
 
+def test_many_pictures_wait_to_be_asked_for(tmp_path, monkeypatch):
+  """All are in the file; those beyond some are folded away."""
+  monkeypatch.setattr(
+    page.figures,
+    "draw",
+    lambda task, shown: [page.figures.Figure(f"{task} {n}", b"x") for n in range(9)],
+  )
+  page.write([make_checkpoint("a", tmp_path / "a")], [], [make_count(tmp_path)], tmp_path)
+  text = (tmp_path / "report.html").read_text()
+  assert len([x for x in read(tmp_path / "report.html").sources if "data:" in x]) == 9 * 6
+  assert text.count("<summary>1 more pictures</summary>") == 6
+  assert text.index("needle 7</figcaption>") < text.index("1 more", text.index("needle 0"))
+
+
 def test_names_and_configs_are_text_and_no_markup(written):
   out, _, _ = written
   text = (out / "report.html").read_text()
@@ -284,7 +298,7 @@ def test_all_is_in_the_json(written):
     assert x["tasks"] == {answer.task: answer.cells for answer in checkpoint.answers}
     assert x["parameters"] == "0123abcd"
   assert content["differences"][0]["p"] == 6.3e-5
-  assert [x["taken"] for x in content["cells"]] == [3, 0]
+  assert [x["taken"] for x in content["counts"]] == [3, 0]
 
 
 def test_without_matplotlib_there_is_a_report_without_pictures(tmp_path, monkeypatch):

@@ -194,7 +194,7 @@ def test_perplexity_is_taken_from_before_to_the_digit(runs, tmp_path, monkeypatc
   monkeypatch.setattr(subjects.checkpoint, "load_params", None)
   again, _ = run(request)
   assert again.rpartition("\ncells: ")[0] == text.rpartition("\ncells: ")[0]
-  assert json.loads((tmp_path / "results.json").read_text())["cells"][0]["measured"] == 0
+  assert json.loads((tmp_path / "results.json").read_text())["counts"][0]["measured"] == 0
   # One budget more is one cell more, and needs the parameters.
   with pytest.raises(TypeError, match="not callable"):
     run(dataclasses.replace(request, budgets=(16, 24, 32)))
