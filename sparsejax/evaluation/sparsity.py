@@ -29,10 +29,11 @@ NAMES = {
   "error_to_bound": "largest error / bound",
   "gamma": "locality gamma",
   "gamma_min": "least gamma",
-  "kl": "KL(full || sparse), nats",
+  "kl": "KL(full to sparse), nats",
 }
-# Full attention's own, whatever the lists.
-_OF_NO_BUDGET = ("entropy", "sink")
+# Of attention's probabilities alone: where the full stream runs, the same at any budget. Where
+# the sparse one does, what a layer is given depends on what those before it have read.
+_OF_MASS = ("entropy", "sink")
 _EXTREMES = {"error_to_bound": np.max, "gamma_min": np.min}
 _NUM_ROWS = 8
 
@@ -47,7 +48,8 @@ class Cell:
   Attributes:
     name: a key of `NAMES`.
     mode: the stream that was run, `full` or `sparse`; None for `kl`, which is of both.
-    budget: keys a query reads under sparse inference; None for what does not depend on it.
+    budget: keys a query reads under sparse inference; None for what does not depend on it, as
+      entropy and sink mass of the full stream.
     length: tokens of a row.
     value, se: over layers and heads; of `error_to_bound` and `gamma_min` the extreme.
     layers, layers_se: the same of each layer; None where it has no such number, and () where
@@ -185,7 +187,7 @@ def _measure(
     if mode in modes:
       # What every layer has is shown as it is, also of a model that is not finite.
       value[key] = [
-        None if name not in _OF_NO_BUDGET and np.isnan(x_RH).all() else x_RH for x_RH in x_LRH
+        None if name not in _OF_MASS and np.isnan(x_RH).all() else x_RH for x_RH in x_LRH
       ]
   return value
 
@@ -228,7 +230,8 @@ def cells(
   for length in lengths:
     for name in NAMES:
       for mode in [None] if name == "kl" else units[0].key["modes"]:
-        for budget in budgets[:1] if name in _OF_NO_BUDGET else budgets:
+        is_of_any = mode == "full" and name in _OF_MASS
+        for budget in budgets[:1] if is_of_any else budgets:
           value = at[length, budget].get(name if mode is None else f"{mode}/{name}")
           if value is None or all(layer is None for layer in value):
             continue
@@ -236,7 +239,7 @@ def cells(
             Cell(
               name=name,
               mode=mode,
-              budget=None if name in _OF_NO_BUDGET else budget,
+              budget=None if is_of_any else budget,
               length=length,
               limit=_limit(name, subject, budget, length),
               **(_of_model if name == "kl" else _of_layers)(name, value),

@@ -79,8 +79,11 @@ def find(cells, name, mode, budget, length):
 
 
 def test_there_is_a_cell_for_each_number_mode_budget_and_length(cells):
-  by_budget = 2 * (len(sparsity.NAMES) - 3) + 1  # all but entropy, sink, of both modes; and kl
-  assert len(cells) == len(LENGTHS) * (2 * 2 + by_budget * len(BUDGETS))
+  of_any = {(cell.name, cell.mode) for cell in cells if cell.budget is None}
+  assert of_any == {("entropy", "full"), ("sink", "full")}
+  # Of both modes but for kl; and but for those two at every budget.
+  by_budget = 2 * (len(sparsity.NAMES) - 1) + 1 - len(of_any)
+  assert len(cells) == len(LENGTHS) * (len(of_any) + by_budget * len(BUDGETS))
   assert {cell.num_rows for cell in cells} == {ROWS}
 
 
@@ -140,7 +143,8 @@ def test_theorems_hold_of_a_model(subject):
     # One block by the query and one that is new, of four.
     assert least.limit == 0.5 <= least.value < 1
     for name, highest in (("attn_sparsity", 1.0), ("entropy", 6.0), ("sink", 1.0)):
-      cell = find(found, name, mode, None if name != "attn_sparsity" else 32, 64)
+      is_of_any = mode == "full" and name != "attn_sparsity"
+      cell = find(found, name, mode, None if is_of_any else 32, 64)
       assert 0 < cell.value < highest
       assert 0 < cell.se < cell.value
   assert 0 < find(found, "kl", None, 32, 64).value < 1
@@ -184,13 +188,15 @@ def test_what_chooses_no_blocks_is_refused(subject):
 def test_the_table_has_a_column_for_each_length(cells):
   header, *rows = sparsity_show.rows(cells)
   assert header == ("number", "inference", "budget", "40 tokens", "64 tokens", "limit")
+  # Of markdown, which knows a column by its line.
+  assert "|" not in "".join("".join(row) for row in rows)
   (line,) = (row for row in rows if row[:3] == ("AttnSparsity", "full", "32"))
   for text, length in zip(line[3:5], LENGTHS, strict=True):
     cell = find(cells, "attn_sparsity", "full", 32, length)
     assert text == f"{cell.value:.4f} ± {cell.se:.4f}"
   limits = {row[2]: row[-1] for row in rows if row[0] == "least gamma"}
   assert limits == {"24": "0.3333", "32": "0.5000"}
-  (line,) = (row for row in rows if row[:3] == ("sink mass", "sparse", "-"))
+  (line,) = (row for row in rows if row[:3] == ("sink mass", "full", "-"))
   assert line[-1] == "-"
 
 
@@ -219,7 +225,7 @@ def test_rows_of_two_checkpoints_are_compared(subject, made):
   expected = numbers(24, 40, "sparse", "attn_sparsity").mean((0, 2))
   np.testing.assert_allclose(kept.sums, expected)
   assert (kept.weights, kept.budget, kept.what) == ((1.0,) * ROWS, 24, "40 tokens")
-  kl = found["KL(full || sparse), nats", "sparse"]
+  kl = found["KL(full to sparse), nats", "sparse"]
   np.testing.assert_allclose(kl.sums, numbers(24, 40, "both", "kl")[0, :, 0])
   assert len(found) == 3
 
