@@ -90,6 +90,15 @@ def ballot(predicate) -> ir.Value:
   return convergent("vote.sync.ballot.b32 $0, $1, 0xffffffff;", predicate)
 
 
+def warpgroup_barrier() -> None:
+  """Waits for all threads of the only warpgroup of a block.
+
+  Convergent, which Mosaic's own is not: where the same threads do something before and after
+  that one, LLVM gives them a copy of it, for which the other threads of their warp never come.
+  """
+  mgpu_utils.inline_ptx("bar.sync 1, 128;", has_side_effects=True, convergent=True)
+
+
 def popcount(x) -> ir.Value:
   return mgpu_utils.inline_ptx("popc.b32 $0, $1;", x, result_types=int32())
 

@@ -35,12 +35,10 @@ def for_decoding(transformer: model.Transformer) -> model.Transformer:
 
 
 # Of programs that take a step. Layers are a loop over stacked parameters; by these, products
-# read a layer's matrices where they are, which by default are copied first, or joined with
-# others that the same input goes into.
+# read a layer's matrices where they are, which by default are copied first.
 COMPILER_OPTIONS = {
   "xla_gpu_enable_dynamic_slice_fusion": True,
   "xla_gpu_enable_triton_gemm": False,
-  "xla_gpu_dot_merger_threshold_mb": 0,
 }
 
 
