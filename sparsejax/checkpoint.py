@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -271,7 +272,8 @@ def find(path: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
   Raises:
     CheckpointError: there is none.
   """
-  path = pathlib.Path(path).absolute()
+  # Without the ".." that a run would be named by.
+  path = pathlib.Path(os.path.abspath(path))
   if (path / _STATE).is_dir():
     return path
   holder = path / "checkpoints" if (path / "checkpoints").is_dir() else path

@@ -33,7 +33,7 @@ class Ledger:
     Args:
       directory: of results; made if need be.
       commit: of this program, written beside what it measures.
-      is_fresh: forget what is there.
+      is_fresh: forget what is there, and write over it once there is something new.
 
     Raises:
       UserError: the directory cannot be written to, or another process is writing.
@@ -58,10 +58,9 @@ class Ledger:
         f"another evaluation is writing to {directory}; wait for it, stop it, or choose "
         "another --out."
       ) from None
-    if is_fresh:
-      self._file.truncate(0)
+    self._is_fresh = is_fresh
     try:
-      self._entries = self._read()
+      self._entries = {} if is_fresh else self._read()
     except errors.DataError:
       self._file.close()
       raise
@@ -106,6 +105,9 @@ class Ledger:
     # One write of a file that is opened to append: there is no half of it before a whole.
     line = (json.dumps(entry) + "\n").encode()
     try:
+      if self._is_fresh:
+        self._file.truncate(0)
+        self._is_fresh = False
       written = os.write(self._file.fileno(), line)
       os.fsync(self._file.fileno())
     except OSError as error:

@@ -96,10 +96,11 @@ def check_modes(
         f"{below} or {below + block_size}."
       )
     if budget > sequence_length:
+      most = sequence_length // block_size * block_size
+      remedy = f"take at most {most}, or" if most else "take"
       raise errors.ConfigError(
         f"--budgets={budget} exceeds rows of {sequence_length} tokens, which it would read "
-        f"whole; take at most {sequence_length // block_size * block_size}, or longer rows "
-        "with --sequence_length."
+        f"whole; {remedy} longer rows with --sequence_length or --lengths."
       )
 
 

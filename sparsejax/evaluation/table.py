@@ -114,7 +114,7 @@ def _plan(
       budgets=request.budgets,
       rope_scaling=request.rope_scaling,
     )
-    if subject.path in (other.path for other in found):
+    if any(subject.path.samefile(other.path) for other in found):
       raise errors.ConfigError(f"{subject.path} is named twice; name each checkpoint once.")
     found.append(subject)
   first = found[0]
@@ -146,6 +146,15 @@ def _check_lengths(request: requests.Request, subject: subjects.Subject) -> None
   read = [length] if set(request.tasks) - {"throughput"} else []
   lengths = request.lengths if set(request.tasks) & tasks.READ_LENGTHS else ()
   extrapolation.check(subject.config, trained, [*read, *lengths], request.rope_scaling)
+  if "locality" in request.tasks:
+    steps = request.num_steps
+    read = [context + steps for context in tasks.locality_contexts(subject, request)]
+    try:
+      extrapolation.check(subject.config, trained, read, request.rope_scaling)
+    except errors.ConfigError as error:
+      raise errors.ConfigError(
+        f"--tasks=locality reads --num_steps={steps} tokens behind a context: {error}"
+      ) from error
 
 
 def _compared(planned: plans.Plan) -> list[plans.Unit]:

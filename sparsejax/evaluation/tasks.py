@@ -9,6 +9,7 @@ from sparsejax import errors
 from sparsejax.configuration import checks
 from sparsejax.evaluation import (
   block_lists,
+  contexts,
   decode_timing,
   diagnostics,
   harness,
@@ -36,6 +37,7 @@ def check(request: requests.Request) -> None:
   Raises:
     UserError: an unknown name, or a number out of range.
   """
+  _check_names(request)
   for task in request.tasks:
     if task not in TASKS:
       raise errors.ConfigError(errors.one_of("task", task, TASKS))
@@ -48,14 +50,33 @@ def check(request: requests.Request) -> None:
   short = [length for length in request.lengths if length < 1]
   if short:
     raise errors.ConfigError(f"--lengths={short[0]} must be at least 1.")
-  if request.num_steps < 2:
-    raise errors.ConfigError(f"--num_steps={request.num_steps} must be at least 2.")
+  for flag, least in (
+    ("sequence_length", 1),
+    ("max_rows", 0),
+    ("batch_size", 0),
+    ("num_steps", 2),
+  ):
+    number = getattr(request, flag)
+    if number is not None and number < least:
+      raise errors.ConfigError(f"--{flag}={number} must be at least {least}.")
   if "perplexity" in request.tasks:
     request.about_perplexity.check()
   if "needle" in request.tasks:
     needles.check_lengths(request.lengths)
   if "lm_eval" in request.tasks:
     harness.check(request.lm_eval)
+
+
+def _check_names(request: requests.Request) -> None:
+  """Refuses lists that ask nothing, or the same twice."""
+  for flag in ("tasks", "modes"):
+    if not getattr(request, flag):
+      raise errors.ConfigError(f"--{flag}= names none; name one at least, or leave it out.")
+  for flag in ("tasks", "modes", "budgets", "lengths", "spare", "kv_gib"):
+    given = getattr(request, flag)
+    if twice := [x for i, x in enumerate(given) if x in given[:i]]:
+      text = ",".join(map(str, given))
+      raise errors.ConfigError(f"--{flag}={text} names {twice[0]} twice; name each once.")
 
 
 def _perplexity(subject, request: requests.Request, out):
@@ -113,6 +134,11 @@ def _diagnostics(subject, request: requests.Request, out):
   return plans.Plan((unit,), tell)
 
 
+def locality_contexts(subject, request: requests.Request) -> tuple[int, ...]:
+  """Tokens before the steps of locality."""
+  return request.lengths or (subject.config.data.sequence_length // 2,)
+
+
 def _locality(subject, request: requests.Request, out):
   spare, num_rows = request.spare or (0, 16, 32, 64), request.max_rows or 1
 
@@ -129,7 +155,9 @@ def _locality(subject, request: requests.Request, out):
     return plans.Told(cells, markdown.align(locality.rows(cells)))
 
   units = []
-  for context in request.lengths or (subject.config.data.sequence_length // 2,):
+  for context in locality_contexts(subject, request):
+    # More than there is of the text is refused before other tasks begin.
+    contexts.rows(subject, num_rows, context + request.num_steps)
     name = f"lists/{context}.npy"
     units.append(
       plans.Unit(

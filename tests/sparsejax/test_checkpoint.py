@@ -218,6 +218,8 @@ def test_parameters_alone(tmp_path):
   path = checkpoint.find(tmp_path)
   assert path.name == "2"
   assert checkpoint.find(tmp_path, 1).name == checkpoint.find(path.parent / "1").name == "1"
+  # A run has the name of its directory.
+  assert checkpoint.find(path / ".." / "..") == path
   params = checkpoint.load_params(path, make_abstract(make_state(0).params))
   assert_same(params, make_state(2).params)
   shapes = jax.eval_shape(lambda: make_state(2).params)

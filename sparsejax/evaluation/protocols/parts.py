@@ -81,6 +81,10 @@ def find(
         for length, own in zip(lengths, drawn, strict=True)
       ]
       continue
+    # Documents are scored from their first token on, whatever training did.
+    fingerprint = text.fingerprint
+    if protocol in ("rows", "sliding"):
+      fingerprint = plans.digest([text.fingerprint, is_open_scored])
     for length in lengths:
       if protocol == "rows":
         rows = held_out.pack(text.packed.records, length, not is_open_scored)
@@ -93,7 +97,7 @@ def find(
         )
       else:
         own = reading.documents(text, length, strides[length], padded[length], most=most)
-      found.append(Part(text.name, length, strides[length], own, text.fingerprint))
+      found.append(Part(text.name, length, strides[length], own, fingerprint))
   return sorted(found, key=lambda part: lengths.index(part.length))
 
 

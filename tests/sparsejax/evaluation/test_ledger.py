@@ -58,7 +58,17 @@ def test_a_line_that_is_damaged_in_the_midst_is_named(tmp_path):
     ledger.Ledger(tmp_path)
   with ledger.Ledger(tmp_path, is_fresh=True) as book:
     assert book.find(dict(number=0, what="x")) is None
-  assert values(tmp_path, 3) == [None, None, None]
+    book.add(dict(number=1, what="x"), "new")
+    book.add(dict(number=2, what="x"), "newer")
+  assert values(tmp_path, 3) == [None, "new", "newer"]
+
+
+def test_what_is_there_is_forgotten_when_there_is_something_new(tmp_path):
+  fill(tmp_path, 3)
+  with ledger.Ledger(tmp_path, is_fresh=True) as book:
+    assert book.find(dict(number=0, what="x")) is None
+  # As where another of several directories is in use, or parameters are damaged.
+  assert values(tmp_path, 3) == [[n, 0.1 * n, None] for n in range(3)]
 
 
 def test_a_value_counts_only_beside_its_files(tmp_path):

@@ -235,6 +235,11 @@ def test_what_cannot_be_asked_is_refused(modes, budgets, message):
     perplexity.check_modes(modes, budgets, block_size=8, sequence_length=64)
 
 
+def test_rows_below_a_block_have_no_budget():
+  with pytest.raises(errors.ConfigError, match=r"of 7 tokens.*whole; take longer rows with"):
+    perplexity.check_modes(["sparse"], [8], block_size=8, sequence_length=7)
+
+
 def test_what_can_be_asked_is_not():
   perplexity.check_modes(["full", "sparse"], [8, 64], block_size=8, sequence_length=64)
   perplexity.check_modes(["full"], [], block_size=8, sequence_length=64)

@@ -39,6 +39,7 @@ def runs(tmp_path_factory):
     config.data.update(recall_pairs=2, recall_queries=2)
     config.attention.method = method
     small.save_checkpoints(folder / name, config, steps=range(1, step + 1))
+  (folder / "link").symlink_to(folder / "a")
   return folder
 
 
@@ -235,6 +236,17 @@ def test_a_stretched_rope_is_recorded_and_changes_the_numbers(runs, tmp_path):
       r"128 tokens is beyond the 64 .*llama3,factor=2 .*or --rope_scaling=default",
     ),
     (dict(path="a", tasks=("needle",), lengths=(256,)), r"256 tokens is beyond the 64 "),
+    (dict(path=("a", "b/../a"), out="x"), r"a/checkpoints/1 is named twice"),
+    (dict(path=("a", "link"), out="x"), r"link/checkpoints/1 is named twice"),
+    # Half a row, and what is read behind it.
+    (
+      dict(path="a", tasks=("locality",), num_steps=33),
+      r"locality reads --num_steps=33 tokens behind a context: a length of 65 tokens is beyond",
+    ),
+    (
+      dict(path="a", tasks=("perplexity", "locality"), num_steps=32, max_rows=10**6),
+      r"1000000 rows of 64 tokens are more than the \d+ tokens of the validation split",
+    ),
     (
       dict(path="a", sequence_length=256, rope_scaling=["llama3", "factor=2"]),
       r"256 tokens is beyond the 128 .*factor=4",
@@ -256,7 +268,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_measured(
   ):
     if name in changes:
       changes[name] = make(changes[name])
-  with pytest.raises(errors.ConfigError, match=message):
+  with pytest.raises((errors.ConfigError, errors.DataError), match=message):
     run(requests.Request(**changes))
   assert list(tmp_path.iterdir()) == []
 

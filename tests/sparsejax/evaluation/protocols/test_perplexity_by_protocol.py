@@ -14,7 +14,7 @@ from sparsejax.configuration import build
 from sparsejax.data import rows, tokenizers
 from sparsejax.evaluation import by_position, perplexity, plans
 from sparsejax.evaluation import subject as subjects
-from sparsejax.evaluation.protocols import held_out
+from sparsejax.evaluation.protocols import held_out, parts
 from sparsejax.evaluation.protocols import settings as protocols
 from tests import small
 
@@ -114,6 +114,22 @@ def test_sliding_windows_read_all_text_end_to_end(oracle, corpus):
   assert cell.accuracy == np.mean([targets[place] % 2 == 0 for place in expected])
   # Of text end to end there are no words of its own.
   assert cell.word_perplexity is None
+
+
+@pytest.mark.parametrize(
+  ("protocol", "differs"), [("rows", True), ("sliding", True), ("documents", False)]
+)
+def test_whether_first_tokens_count_tells_readings_apart(corpus, protocol, differs):
+  """Samples of two checkpoints that count them differently are not the same."""
+  settings = protocols.Settings(protocol=protocol, corpus=(corpus,))
+  found = [
+    parts.find(make_subject(loss__ignore_first_tokens=ignored), settings, lengths=(8,), most=0)
+    for ignored in (True, False)
+  ]
+  (first,), (second,) = found
+  counts = [sum(row.weights.sum() for row in part.reading.rows) for part in (first, second)]
+  assert (counts[0] != counts[1]) == differs
+  assert (first.fingerprint != second.fingerprint) == differs
 
 
 def test_documents_know_nothing_of_each_other(oracle, corpus):
