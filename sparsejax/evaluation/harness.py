@@ -78,6 +78,8 @@ def check(options: Options) -> None:
       "--tasks=lm_eval asks nothing by itself; name --lm_eval_tasks, tasks of "
       f"lm-evaluation-harness or presets: {', '.join(harness_presets.PRESETS)}."
     )
+  if len(set(options.tasks)) < len(options.tasks):
+    raise errors.ConfigError(f"--lm_eval_tasks={','.join(options.tasks)} names a task twice.")
   if options.num_fewshot is not None and options.num_fewshot < 0:
     raise errors.ConfigError(f"--num_fewshot={options.num_fewshot} must be at least 0.")
   if options.limit is not None and options.limit < 1:

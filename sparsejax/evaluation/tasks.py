@@ -72,6 +72,10 @@ def _check_names(request: requests.Request) -> None:
   for flag in ("tasks", "modes"):
     if not getattr(request, flag):
       raise errors.ConfigError(f"--{flag}= names none; name one at least, or leave it out.")
+  # No path is the working directory to pathlib.
+  for flag, paths in (("workdir", request.paths), ("compare", [request.compare])):
+    if "" in paths:
+      raise errors.ConfigError(f"--{flag} has an empty path; name a checkpoint in its place.")
   for flag in ("tasks", "modes", "budgets", "lengths", "spare", "kv_gib"):
     given = getattr(request, flag)
     if twice := [x for i, x in enumerate(given) if x in given[:i]]:

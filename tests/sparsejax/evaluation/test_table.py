@@ -13,7 +13,7 @@ from configs import base
 import pallas_kernels
 from sparsejax import checkpoint, errors, scoring
 from sparsejax.configuration import overrides, record
-from sparsejax.evaluation import markdown, perplexity, plans, table, tasks
+from sparsejax.evaluation import harness, markdown, perplexity, plans, table, tasks
 from sparsejax.evaluation import request as requests
 from sparsejax.evaluation import subject as subjects
 from sparsejax.evaluation.protocols import settings as protocols
@@ -153,12 +153,18 @@ def test_a_place_without_checkpoint_is_refused(tmp_path):
     (dict(modes=("full", "full")), "--modes=full,full names full twice; name each once"),
     (dict(budgets=(32, 16, 32)), "--budgets=32,16,32 names 32 twice"),
     (dict(lengths=(64, 64)), "--lengths=64,64 names 64 twice"),
+    (dict(path=("a", "")), "--workdir has an empty path"),
+    (dict(compare=""), "--compare has an empty path"),
+    (
+      dict(tasks=("lm_eval",), lm_eval=harness.Options(tasks=("piqa", "piqa"))),
+      "--lm_eval_tasks=piqa,piqa names a task twice",
+    ),
     (dict(kernels="strikt"), r"unknown --kernels 'strikt'\. Did you mean 'strict'\?"),
   ],
 )
 def test_an_unknown_question_is_refused_before_anything_is_read(tmp_path, changes, message):
   with pytest.raises(errors.ConfigError, match=message):
-    table.run(requests.Request(path=tmp_path / "nowhere", **changes), base.get_config())
+    table.run(requests.Request(**dict(path=tmp_path / "nowhere") | changes), base.get_config())
 
 
 @pytest.fixture
