@@ -108,12 +108,19 @@ def check_same(
     )
 
 
+def _program() -> str:
+  """The program that runs; of one of this repository, where it is in that."""
+  root = pathlib.Path(__file__).parents[2]
+  path = pathlib.Path(sys.argv[0])
+  return str(path.relative_to(root)) if path.is_relative_to(root) else sys.argv[0]
+
+
 def environment() -> dict[str, Any]:
   """Versions, commit, devices, command and flags of this process."""
   devices = jax.devices()
   return dict(
     time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    command=sys.argv,
+    command=[_program(), *sys.argv[1:]],
     commit=commit(),
     python=sys.version.partition(" ")[0],
     versions={name: _version(name) for name in PACKAGES},

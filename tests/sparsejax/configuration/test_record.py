@@ -194,10 +194,25 @@ def test_a_run_writes_its_config_once_and_its_environment_at_every_start(tmp_pat
   assert set(start["versions"]) == set(record.PACKAGES)
   assert start["device"] == jax.devices()[0].device_kind
   assert start["num_devices"] == 8
-  assert start["command"] == sys.argv
+  assert start["command"][1:] == sys.argv[1:]
   assert start["python"] == sys.version.split()[0]
   assert start["time"].endswith("+00:00")
   assert start["commit"]
+
+
+@pytest.mark.parametrize(
+  ("program", "recorded"),
+  [
+    (f"{ROOT}/sparsejax/decode_shapes.py", "sparsejax/decode_shapes.py"),
+    ("train.py", "train.py"),
+    ("/elsewhere/train.py", "/elsewhere/train.py"),
+  ],
+)
+def test_a_program_of_this_repository_is_recorded_by_its_place_in_it(
+  monkeypatch, program, recorded
+):
+  monkeypatch.setattr(sys, "argv", [program, "--config=x"])
+  assert record.environment()["command"] == [recorded, "--config=x"]
 
 
 def test_the_commit_may_be_told(monkeypatch):
