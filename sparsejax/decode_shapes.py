@@ -25,7 +25,7 @@ from sparsejax import command_line, errors, model, parameters, sharding
 from sparsejax.attention import backends, past
 from sparsejax.configuration import build, checks, overrides, record
 from sparsejax.decoding import cache as caches
-from sparsejax.evaluation import decode_timing, markdown, throughput
+from sparsejax.evaluation import decode_timing, markdown, pictures, throughput
 
 
 def random_params(transformer: model.Transformer, mesh: jax.sharding.Mesh, seed: int) -> dict:
@@ -118,6 +118,10 @@ def run(asked: argparse.Namespace, changes: list[str]) -> int:
       cells=[dataclasses.asdict(cell) for cell in cells],
     )
     (out / f"{asked.name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    if (reason := pictures.why_none()) is None:
+      pictures.draw_throughput(cells, out / f"{asked.name}.png")
+    else:
+      _say(f"no picture: {reason}")
   return 0
 
 
@@ -220,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
   add("--steps", type=int, default=128, help="that are timed (128)")
   add("--trace", type=int, default=0, help="steps after them, to see which kernels they run")
   add("--kernels", choices=("auto", "strict"), default="auto")
-  add("--out", help="directory for NAME.json and NAME.md, if they are wanted")
+  add("--out", help="directory for NAME.json, NAME.md and NAME.png, if they are wanted")
   add("--name", default="decode_shapes", help="of these files")
   asked, changes = parser.parse_known_args(arguments)
   wrong = [change for change in changes if not overrides.is_override(change)]

@@ -205,6 +205,7 @@ def test_shapes_are_decoded_without_a_checkpoint(tmp_path, capsys, monkeypatch):
   out = capsys.readouterr().out
   assert "| nosa   | sparse    | 64     | 100     | 2    | 5     |" in out
   found = json.loads((tmp_path / "decode_shapes.json").read_text())
+  assert (tmp_path / "decode_shapes.png").stat().st_size > 10_000
   assert found["lists"] == dict(full="chosen", nosa="recorded")
   assert [cell["method"] for cell in found["cells"]] == ["full", "nosa"]
   assert found["cells"][1]["hit_rate"] == 1.0
