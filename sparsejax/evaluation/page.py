@@ -1,11 +1,20 @@
-"""Answers as one HTML file with its pictures in it: nothing is fetched when it is read."""
+"""Answers as one HTML file with its pictures in it: nothing is fetched when it is read.
 
+  python -m sparsejax.evaluation.page runs/a/eval/1000
+
+writes it anew from what tasks left in a directory, of an evaluation that was interrupted too:
+no checkpoint is read, and no GPU is needed.
+"""
+
+import argparse
 import base64
 from collections.abc import Iterator, Sequence
 import html
 import json
 import pathlib
+import sys
 
+from sparsejax import errors
 from sparsejax.evaluation import compare, figures, markdown, pictures, results
 
 NAME = "report.html"
@@ -46,7 +55,7 @@ def write(
   Args:
     checkpoints: what each answered.
     differences: between them; () if nobody asked.
-    counts: of their ledgers.
+    counts: of their ledgers; () where they are not at hand.
     out: directory.
   """
   out.mkdir(parents=True, exist_ok=True)
@@ -81,9 +90,10 @@ def _parts(checkpoints, differences, counts) -> Iterator[str]:
     yield _note(f"{results.HOW_COMPARED}.")
     yield _table(compare.rows(differences))
   yield '<h2 id="how">how</h2>'
-  for x, count in zip(checkpoints, counts, strict=True):
+  for number, x in enumerate(checkpoints):
     yield f"<h3>{html.escape(x.name)}</h3>"
-    yield _note(results.say(count))
+    if counts:
+      yield _note(results.say(counts[number]))
     yield _note("<br>".join(map(html.escape, x.backends)), is_html=True)
     for name in ("environment", "config"):
       text = html.escape(json.dumps(x.about[name], indent=1))
@@ -157,3 +167,25 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _note(text: str, *, is_html: bool = False) -> str:
   return f'<p class="note">{text if is_html else html.escape(text)}</p>'
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """The command line; returns the exit status."""
+  parser = argparse.ArgumentParser(
+    prog="python -m sparsejax.evaluation.page",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("directory", type=pathlib.Path, help="of one checkpoint's answers")
+  options = parser.parse_args(arguments)
+  try:
+    write([results.read(options.directory)], (), (), options.directory)
+  except errors.UserError as error:
+    sys.stderr.write(f"error: {error}\n")
+    return 2
+  sys.stdout.write(f"saved {options.directory / NAME}\n")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

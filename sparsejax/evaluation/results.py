@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+from sparsejax import errors
 from sparsejax.configuration import record
 from sparsejax.evaluation import compare, ledger, markdown, plans
 from sparsejax.evaluation import subject as subjects
@@ -101,6 +102,33 @@ def write(task: str, told: plans.Told, about: dict[str, Any], out: pathlib.Path)
   (out / f"{task}.json").write_text(json.dumps(content, indent=2) + "\n")
   (out / f"{task}.md").write_text(told.text)
   return Answer(task, plans.as_json(lines), told.text, told.pictures)
+
+
+def read(out: pathlib.Path) -> Checkpoint:
+  """A checkpoint's answers as tasks left them in a directory, which may be some of those asked.
+
+  Raises:
+    DataError: there are none, or one that is damaged.
+  """
+  answers, about = [], {}
+  try:
+    for path in sorted(out.glob("*.json")):
+      content = json.loads(path.read_text())
+      if "task" not in content:
+        continue
+      task, cells = content.pop("task"), content.pop("cells")
+      drawn = (*sorted(out.glob(f"{task}*.png")), *sorted((out / task).glob("*.png")))
+      text = path.with_suffix(".md").read_text()
+      answers.append(Answer(task, cells, text, drawn))
+      about = content
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.DataError(f"{path} is not what eval.py wrote: {error!r}.") from error
+  if not answers:
+    raise errors.DataError(
+      f"{out} has no answers of eval.py; name a directory with TASK.json of one checkpoint."
+    )
+  backends = tuple(f"backend of {op}: {name}" for op, name in about["backends"].items())
+  return Checkpoint(about["run"], about, backends, out, tuple(answers))
 
 
 def write_all(

@@ -55,7 +55,7 @@ def draw(cells: Sequence[task.Cell], directory: pathlib.Path) -> str:
       title=f"{first.kind} in {first.haystack}, {first.mode}{budget.replace('_', ' ')}",
       path=directory / f"{first.kind}_{first.mode}{budget}.png",
     )
-  return f"maps of depth by length in {directory}\n"
+  return f"maps of depth by length in {directory.name}/\n"
 
 
 def _groups(cells: Sequence[task.Cell], *names: str) -> list[list[task.Cell]]:

@@ -1,5 +1,6 @@
 """The report: every cell is in it, it reads as HTML, and nothing is fetched."""
 
+import base64
 import html.parser
 import itertools
 import json
@@ -299,6 +300,28 @@ def test_all_is_in_the_json(written):
     assert x["parameters"] == "0123abcd"
   assert content["differences"][0]["p"] == 6.3e-5
   assert [x["taken"] for x in content["counts"]] == [3, 0]
+
+
+def test_what_tasks_left_becomes_a_report_again(written, capsys):
+  out, (checkpoint, _), _ = written
+  (checkpoint.out / "perplexity_by_position.png").write_bytes(b"drawn")
+  assert page.main([str(checkpoint.out)]) == 0
+  assert capsys.readouterr().out == f"saved {checkpoint.out}/report.html\n"
+  of_both, again = read(out / "report.html"), read(checkpoint.out / "report.html")
+  for answer in checkpoint.answers:
+    (rows,) = [x for x in markdown.blocks(answer.text) if not isinstance(x, str)]
+    assert {cell for row in rows for cell in row} <= set(again.cells)
+  assert len(again.cells) < len(of_both.cells)
+  assert base64.b64encode(b"drawn").decode() in "".join(again.sources)
+  assert "attention: xla" in again.text
+
+
+def test_a_directory_without_answers_is_refused(tmp_path, capsys):
+  assert page.main([str(tmp_path)]) == 2
+  assert f"{tmp_path} has no answers of eval.py" in capsys.readouterr().err
+  (tmp_path / "needle.json").write_text('{"task": "needle"}')
+  assert page.main([str(tmp_path)]) == 2
+  assert "needle.json is not what eval.py wrote: KeyError('cells')" in capsys.readouterr().err
 
 
 def test_without_matplotlib_there_is_a_report_without_pictures(tmp_path, monkeypatch):
