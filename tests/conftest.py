@@ -1,13 +1,14 @@
 """Strictness for every test: eight devices, no silent broadcasting, checked array types."""
 
+import gc
 import os
 import pathlib
 import tempfile
 
-# Compiling is most of what the tests do; programs this small gain nothing from optimisation.
-os.environ["XLA_FLAGS"] = " ".join(
-  [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
-)
+from tests import compiling
+
+# Compiling is most of what the tests do.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.FLAGS}"
 
 # Threads of interpreted GPU kernels wait for each other, each in a thread of the CPU client,
 # which makes as many as there are processors unless it is told of more.
@@ -16,6 +17,9 @@ os.environ.setdefault("NPROC", "16")
 import jax
 import jaxtyping
 import pytest
+
+# Tracing makes objects by the million, few of them garbage that has to be looked for.
+gc.set_threshold(100_000, 20, 20)
 
 # Before anything asks for a device. Several devices on the CPU stand for several GPUs.
 jax.config.update("jax_num_cpu_devices", 8)

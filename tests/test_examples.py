@@ -9,6 +9,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests import compiling
+
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
@@ -63,7 +65,7 @@ def environment(place):
   return kept | dict(
     SPARSEJAX_EXAMPLES="quick",
     PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
-    XLA_FLAGS="--xla_backend_optimization_level=0",
+    XLA_FLAGS=compiling.FLAGS,
     JAX_COMPILATION_CACHE_DIR=str(place / "compiled"),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     JAX_PLATFORMS="cpu",

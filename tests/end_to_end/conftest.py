@@ -4,13 +4,15 @@ import os
 
 import pytest
 
+from tests import compiling
+
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
   """One device, and one cache of compiled programs for all the processes started here."""
   kept = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
   return kept | dict(
-    XLA_FLAGS="--xla_backend_optimization_level=0",
+    XLA_FLAGS=compiling.FLAGS,
     JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("compiled")),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     JAX_PLATFORMS="cpu",
