@@ -144,11 +144,11 @@ def _measure(asked, transformer, params, mesh, context: int, recording):
     transformer, stream, length, slots, int(asked.kv_gib * 2**30)
   )
   room = caches.room(transformer, batch=rows, length=length, num_slots=slots)
+  caches.check_slots(transformer, stream, room, mesh)
   choices = backends.choose_decoding(
     options, stream, room, num_heads=transformer.shape.num_attention_heads
   )
   spec = caches.spec(transformer, stream, room)
-  caches.check_slots(transformer, stream, room, mesh)
   caches.check_size(spec, caches.free_bytes(), caches.host_limit())
   with sharding.use(mesh):
     cache = random_cache(spec, context, seed=1)

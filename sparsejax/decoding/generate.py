@@ -177,6 +177,8 @@ class Decoder:
       limit=free,
       num_devices=mesh.size,
     )
+    # Before anything counts on it that slots have room.
+    caches.check_slots(self._transformer, stream, self._room, mesh)
     self.backends = [
       choice,
       *backends.choose_decoding(
@@ -193,7 +195,6 @@ class Decoder:
     self._key = jax.random.key(seed)
     self._draw_with = functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids)
     spec = caches.spec(self._transformer, stream, self._room)
-    caches.check_slots(self._transformer, stream, self._room, mesh)
     caches.check_size(spec, free, caches.host_limit())
     with sharding.use(mesh):
       self.cache = caches.make(spec)

@@ -214,6 +214,7 @@ def test_lists_are_in_the_order_of_the_layers():
       mesh=types.SimpleNamespace(size=1),
       transformer=transformer,
       params=params,
+      config=small.make_config(),
     )
   )
   assert lists.shape == (LAYERS, 64, 2, 3)

@@ -356,6 +356,7 @@ def test_decoding_says_what_it_runs_on(stream):
   said = backends.choose_decoding(transformer.options, stream, room, num_heads=4)
   assert [(choice.op, choice.backend) for choice in said] == [
     ("decode_attention", "xla"),
+    ("plan_slots", "xla"),
     ("fetch_pages", "dma"),
     ("write_pages", "dma"),
   ]
@@ -387,4 +388,4 @@ def test_a_hopper_decodes_on_kernels_where_it_must(monkeypatch):
   transformer = small.make_model(attention__method="nosa", **options)
   room = caches.room(transformer, batch=2, length=64, num_slots=8)
   said = backends.choose_decoding(transformer.options, "sparse", room, num_heads=4)
-  assert [choice.backend for choice in said] == ["mosaic_gpu"] * 3
+  assert [choice.backend for choice in said] == ["mosaic_gpu"] * 4
