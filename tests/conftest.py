@@ -38,18 +38,20 @@ jaxtyping.install_import_hook("pallas_kernels", "beartype.beartype")
 # Files that take longest, which start first: else the last of them keeps one worker busy while
 # the others have nothing left. Nothing but time depends on this list.
 LONGEST = (
-  "end_to_end/test_runs.py",
-  "pallas_kernels/test_block_sparse_attention.py",
   "pallas_kernels/test_mosaic_gpu.py",
-  "sparsejax/training/test_step.py",
+  "end_to_end/test_runs.py",
   "sparsejax/attention/test_methods.py",
   "pallas_kernels/test_selection_mosaic_gpu.py",
-  "sparsejax/test_model.py",
-  "pallas_kernels/test_block_selection.py",
-  "end_to_end/test_requests.py",
-  "sparsejax/attention/test_over_a_mesh.py",
+  "sparsejax/decoding/test_cache.py",
+  "pallas_kernels/test_decode_attention.py",
+  "sparsejax/decoding/test_generate.py",
+  "sparsejax/training/test_step.py",
   "test_examples.py",
-  "sparsejax/data/test_corpus.py",
+  "end_to_end/test_requests.py",
+  "pallas_kernels/test_block_sparse_attention.py",
+  "sparsejax/attention/test_over_a_mesh.py",
+  "sparsejax/test_layer_patterns.py",
+  "sparsejax/decoding/test_prefill.py",
 )
 
 
