@@ -104,15 +104,20 @@ def _logits(q_BCHD, keys_BWKD, bounds, scale):
     number_11W < bounds.end_window[..., None]
   )
   q_BCKGD = q_BCHD.reshape(b, c, k, h // k, d)
-  # Queries first, so that a query's scores lie side by side: of that, XLA makes one kernel that
-  # takes the softmax, and four of scores that lie apart, which it would make of an einsum.
-  logits_BKCGW = jax.lax.dot_general(
-    q_BCKGD,
-    keys_BWKD,
-    (((4,), (3,)), ((0, 2), (0, 2))),
-    preferred_element_type=jnp.float32,
-  )
-  logits_BCKGW = scale * logits_BKCGW.swapaxes(1, 2)
+  if c == 1:
+    # A query's scores side by side: XLA has one kernel that takes the softmax of such, and
+    # makes four of what an einsum would give it.
+    logits_BKCGW = jax.lax.dot_general(
+      q_BCKGD,
+      keys_BWKD,
+      (((4,), (3,)), ((0, 2), (0, 2))),
+      preferred_element_type=jnp.float32,
+    )
+    logits_BCKGW = scale * logits_BKCGW.swapaxes(1, 2)
+  else:
+    logits_BCKGW = scale * jnp.einsum(
+      "bckgd,bwkd->bckgw", q_BCKGD, keys_BWKD, preferred_element_type=jnp.float32
+    )
   return jnp.where(is_seen_BCW[:, :, None, None], logits_BCKGW, -jnp.inf)
 
 
