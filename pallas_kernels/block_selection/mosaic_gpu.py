@@ -30,25 +30,32 @@ from pallas_kernels.block_selection.mosaic_gpu_sizes import (
 from pallas_kernels.block_selection.problem import Problem, Rules
 
 _LOG2E = math.log2(math.e)
-# Bytes of a multiprocessor's shared memory, less what barriers and small arrays take.
-_SHARED_MEMORY = 224 * 1024
+# Bytes of shared memory that a block may have. Every array takes a multiple of 1 KiB: four of
+# barriers, two of counts and ranges for each span. The warpgroups' meeting has 8 bytes, and
+# 2 KiB are Mosaic's own.
+_SHARED_MEMORY = 227 * 1024
+_BARRIERS = 6 * 1024 + 8
+_OF_A_SPAN = 2 * 1024
 
 HEAD_DIMS = (64, 128)
 
 
-def config(head_dim: int, num_heads: int, num_slots: int) -> Config:
+def config(head_dim: int, num_heads: int, num_slots: int, num_spans: int) -> Config:
   """The largest segments that shared memory has room for.
 
   Args:
     head_dim: D.
     num_heads: per key head.
     num_slots: blocks that a query may keep, of all spans.
+    num_spans: ranges that blocks are chosen from.
   """
   num_pairs = -(-num_heads // 2)
   pairs, stages = min(512 // head_dim, num_pairs), 128 // head_dim
   rest = 2 * head_dim * (pairs * ROWS + WARPGROUPS * stages * WIDE)
   norms = 2 * WARPGROUPS * min(pairs, MOST_SHARED)
-  rest += 4 * ROWS * (norms + num_pairs + ROWS_OF_BOUNDS + num_slots)
+  sums = -(-num_pairs // 4) * 4
+  rest += 4 * ROWS * (norms + sums + ROWS_OF_BOUNDS + num_slots)
+  rest += _BARRIERS + _OF_A_SPAN * num_spans
   room = (_SHARED_MEMORY - rest) // (4 * TILE) - HALO
   return Config(segment=min(room // WIDE, 8) * WIDE, stages=stages, pairs=pairs)
 
@@ -77,8 +84,8 @@ def why_not(problem: Problem, rules: Rules) -> str | None:
     return f"takes up to {HALO} windows per block, next to it, not {pooling}"
   num_slots = mosaic_top.LANES * -(-rules.num_by_query // mosaic_top.LANES)
   # The two halves of `half_local` want room for one and a half times as many.
-  num_slots *= 2 if rules.rule == "half_local" else 1
-  if config(q_BTHD.shape[-1], heads, num_slots).segment < WIDE:
+  num_spans = 2 if rules.rule == "half_local" else 1
+  if config(q_BTHD.shape[-1], heads, num_spans * num_slots, num_spans).segment < WIDE:
     return f"has no room in shared memory for num_blocks={rules.num_by_query}"
   if pooling.reach() < rules.block_size:
     return f"takes windows that reach the end of their block, not {pooling}"
@@ -110,7 +117,7 @@ class _Call:
     self.num_tiles = -(-t // TILE)
     self.rules, self.spans, self.interpret = rules, spans, interpret
     pooling, size = rules.pooling, rules.block_size
-    layout = config(d, h // k, _num_slots(spans))
+    layout = config(d, h // k, _num_slots(spans), len(spans))
     # A segment completes its own blocks and, at the end, those that no window is left for.
     extra = -(-(abs(pooling.first) + pooling.count) * pooling.stride // size)
     extra += -(-pooling.size // size) + 2
