@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> int:
   try:
     text, out = table.run(request, base.get_config())
   except KeyboardInterrupt:
-    sys.stderr.write("interrupted; the same command goes on from the cells there are.\n")
+    sys.stderr.write("interrupted; the same command without --fresh goes on from there.\n")
     return 130
   print(f"{text}\nsaved in {out}")
   return 0

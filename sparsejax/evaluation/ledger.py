@@ -24,15 +24,22 @@ class Ledger:
   Attributes:
     num_taken: values that were there before.
     num_measured: values that were added.
-    commits: of the program that made what was taken.
+    made_by: what made what was taken: commit of the program and device, of each pair once.
   """
 
-  def __init__(self, directory: pathlib.Path, *, commit: str = "", is_fresh: bool = False):
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    *,
+    commit: str = "",
+    device: str = "",
+    is_fresh: bool = False,
+  ):
     """Opens the file, or makes it.
 
     Args:
       directory: of results; made if need be.
-      commit: of this program, written beside what it measures.
+      commit, device: of this program, written beside what it measures.
       is_fresh: forget what is there, and write over it once there is something new.
 
     Raises:
@@ -40,8 +47,8 @@ class Ledger:
       DataError: the file is damaged in its midst.
     """
     self.path = directory / NAME
-    self.num_taken, self.num_measured, self.commits = 0, 0, set()
-    self._directory, self._commit = directory, commit
+    self.num_taken, self.num_measured, self.made_by = 0, 0, set()
+    self._directory, self._commit, self._device = directory, commit, device
     try:
       directory.mkdir(parents=True, exist_ok=True)
       self._file = open(self.path, "a+b")
@@ -87,7 +94,7 @@ class Ledger:
     """The value of a key that `find` knows; counted as taken."""
     entry = self.find(key, files)
     self.num_taken += 1
-    self.commits.add(entry["commit"])
+    self.made_by.add((entry["commit"], entry.get("device", "unknown")))
     return entry["value"]
 
   def add(
@@ -99,6 +106,7 @@ class Ledger:
       value=value,
       files=self._sums(files),
       commit=self._commit,
+      device=self._device,
       time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
       seconds=round(seconds, 3),
     )

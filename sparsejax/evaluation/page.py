@@ -74,8 +74,7 @@ def _parts(checkpoints, differences, counts) -> Iterator[str]:
   yield f"<style>{_STYLE}</style></head><body>"
   yield f"<h1>{title}</h1>"
   about = checkpoints[0].about["environment"]
-  device = f"{about['num_devices']} x {about['device']}"
-  yield _note(f"{about['time']}, commit {about['commit']}, on {device}")
+  yield _note(f"{about['time']}, commit {about['commit']}, on {results.device(about)}")
   yield f"<nav>{links}</nav>"
   yield _table(_overview(checkpoints))
   for x in checkpoints:

@@ -54,18 +54,18 @@ class Count:
 
   Attributes:
     taken, measured: cells.
-    commits: of the program that measured what was taken.
+    made_by: commits of the program, and devices, that measured what was taken.
     path: the file.
   """
 
   taken: int
   measured: int
-  commits: tuple[str, ...]
+  made_by: tuple[tuple[str, str], ...]
   path: pathlib.Path
 
   @classmethod
   def of(cls, book: ledger.Ledger) -> "Count":
-    return cls(book.num_taken, book.num_measured, tuple(sorted(book.commits)), book.path)
+    return cls(book.num_taken, book.num_measured, tuple(sorted(book.made_by)), book.path)
 
 
 def describe(subject: subjects.Subject) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def write_all(
       for x in checkpoints
     ],
     differences=[dataclasses.asdict(line) for line in differences],
-    counts=[dict(taken=x.taken, measured=x.measured, commits=x.commits) for x in counts],
+    counts=[dict(taken=x.taken, measured=x.measured, made_by=x.made_by) for x in counts],
   )
   out.mkdir(parents=True, exist_ok=True)
   (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -174,8 +174,17 @@ def changes(about: dict[str, Any]) -> list[str]:
 def say(count: Count) -> str:
   """How many cells were measured, and how many taken from before."""
   text = f"cells: {count.measured} measured, {count.taken} taken from before ({count.path})"
-  others = [x for x in count.commits if x != record.commit()]
-  return text + (f"; of the latter some are of commit {', '.join(others)}" if others else "")
+  environment = record.environment()
+  own = environment["commit"], device(environment)
+  others = [
+    f"commit {commit} on {where}" for commit, where in count.made_by if (commit, where) != own
+  ]
+  return text + (f"; of the latter some are of {', '.join(others)}" if others else "")
+
+
+def device(environment: dict[str, Any]) -> str:
+  """What a program ran on, from `record.environment`."""
+  return f"{environment['num_devices']} x {environment['device']}"
 
 
 def distinct_names(found: Sequence[subjects.Subject]) -> list[str]:

@@ -72,9 +72,10 @@ def run(
   tasks.check(request)
   asked, out = _plan(request, template)
   with contextlib.ExitStack() as stack:
-    commit = record.commit()
+    environment = record.environment()
+    made_by = dict(commit=environment["commit"], device=results.device(environment))
     books = [
-      stack.enter_context(ledger.Ledger(x.out, commit=commit, is_fresh=request.fresh))
+      stack.enter_context(ledger.Ledger(x.out, **made_by, is_fresh=request.fresh))
       for x in asked
     ]
     missing = [

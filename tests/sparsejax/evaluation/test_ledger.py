@@ -12,7 +12,7 @@ from sparsejax.evaluation import ledger
 
 
 def fill(path, count, first=0):
-  with ledger.Ledger(path, commit="abc") as book:
+  with ledger.Ledger(path, commit="abc", device="1 x cpu") as book:
     for number in range(first, first + count):
       book.add(dict(number=number, what="x"), [number, 0.1 * number, None])
 
@@ -33,7 +33,7 @@ def test_values_come_back_as_they_were(tmp_path):
     assert book.find(dict(number=2)) is None
     assert book.find(dict(number=2.5, what="x")) is None
     book.add(dict(number=2.5, what="x"), float("inf"))
-    assert (book.num_taken, book.num_measured, book.commits) == (1, 1, {"abc"})
+    assert (book.num_taken, book.num_measured, book.made_by) == (1, 1, {("abc", "1 x cpu")})
   with ledger.Ledger(tmp_path / "deep" / "out") as book:
     assert book.take(dict(number=2.5, what="x")) == float("inf")
 

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from sparsejax.configuration import record
 from sparsejax.evaluation import (
   block_lists,
   compare,
@@ -198,7 +199,7 @@ DIFFERENCE = compare.Difference(
 
 
 def make_count(path, **changes):
-  about = dict(taken=3, measured=4, commits=("0ld",), path=path / "cells.jsonl")
+  about = dict(taken=3, measured=4, made_by=(("0ld", "1 x H200"),), path=path / "cells.jsonl")
   return results.Count(**about | changes)
 
 
@@ -206,7 +207,7 @@ def make_count(path, **changes):
 def written(tmp_path_factory):
   out = tmp_path_factory.mktemp("out")
   found = [make_checkpoint("a", out / "a"), make_checkpoint("b <i>", out / "b")]
-  counts = [make_count(out), make_count(out, taken=0, commits=())]
+  counts = [make_count(out), make_count(out, taken=0, made_by=())]
   text = results.write_all(found, [DIFFERENCE], counts, out)
   page.write(found, [DIFFERENCE], counts, out)
   return out, found, text
@@ -288,7 +289,7 @@ def test_names_and_configs_are_text_and_no_markup(written):
   reader = read(out / "report.html")
   assert "where <it> is" in reader.text
   assert "cells: 4 measured, 3 taken from before" in reader.text
-  assert "of the latter some are of commit 0ld" in reader.text
+  assert "of the latter some are of commit 0ld on 1 x H200" in reader.text
 
 
 def test_all_is_in_the_json(written):
@@ -360,3 +361,18 @@ def test_lines_are_drawn_where_their_values_are(monkeypatch):
   assert seen[3.0, 2.0][0] == [64, 128]
   assert seen[1.5, 1.5][2] == ":"
   assert seen[3.0, 2.0][1] == seen[1.5, 1.5][1] != seen[4.0,][1]
+
+
+@pytest.mark.parametrize(
+  ("own", "other"),
+  [("device", "1 x H200"), ("commit", "0ld")],
+)
+def test_cells_of_another_device_or_commit_are_told(tmp_path, monkeypatch, own, other):
+  here = dict(commit="new", device="cpu", num_devices=8)
+  monkeypatch.setattr(record, "environment", lambda: here)
+  made_by = dict(commit="new", device="8 x cpu")
+  same = make_count(tmp_path, made_by=((made_by["commit"], made_by["device"]),))
+  assert results.say(same).endswith("cells.jsonl)")
+  made_by[own] = other
+  told = results.say(make_count(tmp_path, made_by=((made_by["commit"], made_by["device"]),)))
+  assert told.endswith(f"some are of commit {made_by['commit']} on {made_by['device']}")
