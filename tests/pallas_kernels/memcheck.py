@@ -19,10 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import (
+  Slots,
   block_sparse_attention,
   decode_attention,
   devices,
   fetch_pages,
+  plan_slots,
+  release_slots,
   select_blocks,
   write_pages,
 )
@@ -91,13 +94,28 @@ def moving() -> dict:
   return dict(zip(("keys", "values", "biases"), written, strict=True))
 
 
+def planning() -> dict:
+  """Slots for lists longer than a thread compares at once, of rows amid others."""
+  rows, num_slots = 9, 300
+  numbers = (jnp.zeros((rows, num_slots), jnp.int32) for _ in range(2))
+  counts = (jnp.zeros(rows, jnp.int32) for _ in range(2))
+  slots = release_slots(Slots(*numbers, *counts), jnp.ones(rows, bool))
+  wanted = jax.random.randint(jax.random.key(0), (4, 130), -3, 420)
+  own, is_new = jnp.arange(4), jnp.arange(4) % 2 == 0
+  plan = functools.partial(plan_slots, pages_per_row=420, implementation="mosaic_gpu")
+  step = jax.jit(functools.partial(plan, first_row=3), donate_argnums=0)
+  for now in range(4):  # from the third on pages are driven out
+    slots = step(slots, (wanted + 110 * now) % 420, own, is_new, step=now).slots
+  return dict(slots=slots)
+
+
 def main(names: list[str]) -> int:
   """The command line; returns the exit status."""
   backends = ["mosaic_gpu"]
   if importlib.util.find_spec("jax_triton") is not None:
     backends.append("triton")
   runs = {name: functools.partial(selection, name) for name in SELECTION}
-  runs |= dict(decode_attention=decoding, move_pages=moving)
+  runs |= dict(decode_attention=decoding, move_pages=moving, plan_slots=planning)
   for backend in backends:
     runs |= {
       f"{name}/{backend}": functools.partial(attention, backend, name) for name in ATTENTION
