@@ -150,17 +150,37 @@ def _diagnostics(shown: Sequence[Shown]) -> Iterable[Figure]:
 
 
 def _locality(shown: Sequence[Shown]) -> Iterable[Figure]:
-  lines: dict[str, list[curves.Line]] = {"misses of a step": [], "hit rate": []}
+  yield from _by_spare_slots(
+    shown,
+    dict(misses="misses of a step", hit_rate="hit rate"),
+    "what a cache of blocks has to load, by layer and key head, while decoding",
+  )
+  yield from _by_spare_slots(
+    shown,
+    dict(foreseen="share of the misses", moved_in_vain="in vain, at a step"),
+    "what a prefetch would load: the blocks that the layer before has just listed",
+  )
+
+
+def _by_spare_slots(
+  shown: Sequence[Shown], titles: dict[str, str], caption: str
+) -> Iterable[Figure]:
+  panels: dict[str, list[curves.Line]] = {}
   for x in shown:
     for context in dict.fromkeys(cell["context"] for cell in x.cells):
-      own = [cell for cell in x.cells if cell["context"] == context]
-      spare = tuple(cell["spare"] for cell in own)
       label = _join(x.name, f"behind {context:,d} tokens")
-      for title, name in zip(lines, ("misses", "hit_rate"), strict=True):
-        values = tuple(cell[name] for cell in own)
-        lines[title].append(curves.Line(label, label, spare, values))
-  caption = "what a cache of blocks has to load, by layer and key head, while decoding"
-  yield Figure(caption, curves.draw(lines, x="spare slots", y="", is_log=False))
+      for name, title in titles.items():
+        points = [
+          (cell["spare"], cell[name])
+          for cell in x.cells
+          # Nothing is said of a prefetch where there is one layer, or in older files.
+          if cell["context"] == context and cell.get(name) is not None
+        ]
+        if points:
+          line = curves.Line(label, label, *zip(*points, strict=True))
+          panels.setdefault(title, []).append(line)
+  if panels:
+    yield Figure(caption, curves.draw(panels, x="spare slots", y="", is_log=False))
 
 
 def _block_lists(shown: Sequence[Shown]) -> Iterable[Figure]:

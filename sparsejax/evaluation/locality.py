@@ -8,6 +8,7 @@ Letters: B rows, T tokens, L layers, S steps, K key/value heads, M blocks listed
 
 from collections.abc import Sequence
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,20 @@ from sparsejax.evaluation import subject as subjects
 class Cell:
   """Decoding after a context, with so many slots for blocks.
 
+  What a prefetch would be worth is told, too: one that loads, before a layer has chosen, what
+  the same head of the layer before lists at this step, and drives nothing out of slots. The
+  list of a layer at the step before foresees none of its misses: all of it is in slots.
+
   Attributes:
     context: tokens before the first step.
     spare: slots beyond the M of a list; 0 is an exact fit.
     misses: blocks to load per step, layer and key head, the mean once slots are full.
     most_misses: the most that any step of any layer, row and head has.
     hit_rate: of the blocks that are listed, those that are in a slot.
+    foreseen: of the misses, those in the list of the layer before. The first layer has none
+      before it, and is counted neither here nor below. None where no other layer misses.
+    moved_in_vain: blocks in the list of the layer before that are neither in a slot nor
+      listed, per step, layer and key head. None where there is one layer.
     gamma, least_gamma: share of a list that the one before has too (NOSA's locality,
       arXiv:2510.13602; `diagnostics.block_choice.overlap`), the mean and the least.
     bound: the most misses that the method allows where lists are full and none is spare;
@@ -43,6 +52,8 @@ class Cell:
   misses: float
   most_misses: int
   hit_rate: float
+  foreseen: float | None
+  moved_in_vain: float | None
   gamma: float
   least_gamma: float
   bound: int | None
@@ -100,46 +111,58 @@ def record(
 
 
 def run(
-  subject: subjects.Subject, lists_SLBKM: np.ndarray, context: int, spare: Sequence[int]
+  options: method.Options, lists_SLBKM: np.ndarray, context: int, spare: Sequence[int]
 ) -> list[Cell]:
-  """What caches of several sizes make of recorded lists.
+  """What caches of several sizes make of recorded lists, of a model with such options.
 
   The first half of the steps fills the slots, and the second is counted.
   """
-  s, num_layers, b, k, m = lists_SLBKM.shape
-  lists = jnp.asarray(lists_SLBKM).reshape(s, num_layers * b, k, m)
-  gamma = np.asarray(block_choice.overlap(lists.swapaxes(0, 1)))
+  s, num_layers, _, k, m = lists_SLBKM.shape
+  lists = jnp.asarray(lists_SLBKM)
+  gamma = np.asarray(block_choice.overlap(lists.reshape(s, -1, k, m).swapaxes(0, 1)))
   cells = []
   for extra in spare:
-    misses, hits = (np.asarray(x) for x in _count(lists, m + extra))
-    late_hits, late = hits[s // 2 :], misses[s // 2 :]
-    by_layer = late.reshape(-1, num_layers, b, k).mean((0, 2))
+    late = _Counts(*(np.asarray(x)[s // 2 :] for x in _count(lists, m + extra)))
+    num_misses, num_later = late.misses.sum(), late.misses[:, 1:].sum()
+    by_layer = late.misses.mean((0, 2))
     cells.append(
       Cell(
         context=context,
         spare=extra,
-        misses=float(late.mean()),
-        most_misses=int(late.max()),
-        hit_rate=float(late_hits.sum() / (late_hits.sum() + late.sum())),
+        misses=float(late.misses.mean()),
+        most_misses=int(late.misses.max()),
+        hit_rate=float(late.hits.sum() / (late.hits.sum() + num_misses)),
+        foreseen=float(late.foreseen[:, 1:].sum() / num_later) if num_later else None,
+        moved_in_vain=float(late.in_vain[:, 1:].mean()) if num_layers > 1 else None,
         gamma=float(gamma.mean()),
         least_gamma=float(gamma.min()),
-        bound=most_new(subject.transformer.options),
+        bound=most_new(options),
         misses_by_layer=tuple(tuple(float(x) for x in layer) for layer in by_layer),
       )
     )
   return cells
 
 
+class _Counts(NamedTuple):
+  """Blocks of every step, [S, L, B, K], as a `Cell` names them."""
+
+  misses: jax.Array
+  hits: jax.Array
+  foreseen: jax.Array
+  in_vain: jax.Array
+
+
 @jax.jit(static_argnums=1)
-def _count(lists_SRKM, num_slots: int):
-  """Misses and hits of every step, [S, R, K]."""
-  num_steps, *rows, m = lists_SRKM.shape
-  lists_SQM = lists_SRKM.reshape(num_steps, -1, m)
+def _count(lists_SLBKM, num_slots: int) -> _Counts:
+  num_steps, *rows, m = lists_SLBKM.shape
+  # Layer 0 is given the last one's; what is counted of that is not read.
+  before_SLBKM = jnp.roll(lists_SLBKM, 1, axis=1)
+  lists_SQM, before_SQM = (x.reshape(num_steps, -1, m) for x in (lists_SLBKM, before_SLBKM))
   q = lists_SQM.shape[1]
   free_QC, zero_Q = jnp.full((q, num_slots), -1, jnp.int32), jnp.zeros(q, jnp.int32)
 
   def step(held, given):
-    number, list_QM = given
+    number, list_QM, before_QM = given
     plan = pallas_kernels.plan_slots(
       held,
       list_QM,
@@ -153,13 +176,24 @@ def _count(lists_SRKM, num_slots: int):
       implementation="xla",
     )
     now = plan.slots
-    counts = now.misses_R - held.misses_R, now.hits_R - held.hits_R
+    is_miss_QM = (list_QM >= 0) & ~_is_among(list_QM, held.page_RC)
+    is_moved_QM = (before_QM >= 0) & ~_is_among(before_QM, held.page_RC)
+    counts = _Counts(
+      misses=now.misses_R - held.misses_R,
+      hits=now.hits_R - held.hits_R,
+      foreseen=(is_miss_QM & _is_among(list_QM, before_QM)).sum(-1),
+      in_vain=(is_moved_QM & ~_is_among(before_QM, list_QM)).sum(-1),
+    )
     return now, counts
 
   held = pallas_kernels.Slots(free_QC, free_QC, zero_Q, zero_Q)
   numbers_S = jnp.arange(num_steps, dtype=jnp.int32)
-  counts = jax.lax.scan(step, held, (numbers_S, lists_SQM))[1]
-  return tuple(x.reshape(num_steps, *rows) for x in counts)
+  counts = jax.lax.scan(step, held, (numbers_S, lists_SQM, before_SQM))[1]
+  return jax.tree.map(lambda x: x.reshape(num_steps, *rows), counts)
+
+
+def _is_among(x_QM, others_QN):
+  return (x_QM[:, :, None] == others_QN[:, None, :]).any(-1)
 
 
 def most_new(options: method.Options) -> int | None:
@@ -177,7 +211,7 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
   """Rows of a table, the header first."""
   header = (
     *("context", "spare slots", "misses", "most", "bound", "hit rate"),
-    *("gamma", "least gamma"),
+    *("foreseen", "moved in vain", "gamma", "least gamma"),
   )
   return [
     header,
@@ -189,6 +223,8 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
         str(cell.most_misses),
         "-" if cell.bound is None else str(cell.bound),
         f"{cell.hit_rate:.1%}",
+        "-" if cell.foreseen is None else f"{cell.foreseen:.1%}",
+        "-" if cell.moved_in_vain is None else f"{cell.moved_in_vain:.2f}",
         f"{cell.gamma:.3f}",
         f"{cell.least_gamma:.3f}",
       )

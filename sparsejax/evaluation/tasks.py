@@ -152,7 +152,7 @@ def _locality(subject, request: requests.Request, out):
     )
     (out / "lists").mkdir(parents=True, exist_ok=True)
     np.save(out / name, lists_SLBKM)
-    return locality.run(subject, lists_SLBKM, context, spare)
+    return locality.run(subject.transformer.options, lists_SLBKM, context, spare)
 
   def tell(values):
     cells = _cells(values, locality.Cell)

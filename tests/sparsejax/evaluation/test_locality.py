@@ -58,7 +58,7 @@ def test_hits_and_misses_are_counted_once_slots_are_full(nosa):
   """One layer, row and head; lists of two."""
   steps = [[0, 1], [1, 2], [0, 1], [2, 1], [3, 0], [1, 3]]
   lists = np.array(steps, np.int32).reshape(6, 1, 1, 1, 2)
-  exact, spare = locality.run(nosa, lists, 100, [0, 1])
+  exact, spare = locality.run(nosa.transformer.options, lists, 100, [0, 1])
   # With two slots: 2 in for 0 (kept 1), then 3 and 0, then 1 for 0.
   assert (exact.misses, exact.most_misses) == ((1 + 2 + 1) / 3, 2)
   assert exact.hit_rate == pytest.approx(2 / 6)
@@ -67,11 +67,36 @@ def test_hits_and_misses_are_counted_once_slots_are_full(nosa):
   assert exact.gamma == pytest.approx(np.mean([0.5, 0.5, 0.5, 0.0, 0.5]))
   assert (exact.least_gamma, exact.bound) == (0.0, 2)
   assert exact.misses_by_layer == ((exact.misses,),)
+  # There is no layer before the only one.
+  assert (exact.foreseen, exact.moved_in_vain) == (None, None)
+
+
+def test_what_the_layer_before_foresees_is_counted(nosa):
+  """Three layers, two rows, one head; lists of two at four steps, of which the last count."""
+  row = [
+    [[0, 1], [0, 1], [2, 6], [2, 4]],
+    [[0, 1], [0, 1], [2, 5], [1, 5]],
+    [[5, 6], [5, 6], [5, 6], [1, 6]],
+  ]
+  # Nothing is loaded, and an empty slot of a list is neither foreseen nor moved.
+  quiet = [
+    [[8, 9], [8, 9], [8, -1], [8, 9]],
+    [[8, 9], [8, 9], [8, -1], [8, 9]],
+    [[8, 9], [8, 9], [8, 9], [8, 9]],
+  ]
+  lists = np.array([row, quiet], np.int32).transpose(2, 1, 0, 3)[:, :, :, None]
+  exact, spare = locality.run(nosa.transformer.options, lists, 100, [0, 1])
+  # Layer 1 misses 2 and 5, then 1; layer 2 misses 1. Foreseen are 2 and the latter 1.
+  # Of layer 0, 6 and 4 are moved in vain, 2 is there at the last step; of layer 1, 2 is moved.
+  assert (exact.foreseen, exact.moved_in_vain) == (2 / 4, 3 / 8)
+  assert exact.misses == (3 + 3 + 1) / 12
+  # With three slots, layer 1 still has 1 at the last step.
+  assert (spare.foreseen, spare.moved_in_vain) == (2 / 3, 3 / 8)
 
 
 def test_the_bound_of_nosa_holds(nosa):
   lists = locality.record(nosa, CONTEXT, num_rows=2, num_steps=16)
-  (cell,) = locality.run(nosa, lists, CONTEXT, [0])
+  (cell,) = locality.run(nosa.transformer.options, lists, CONTEXT, [0])
   assert 0 < cell.most_misses <= cell.bound == 2
 
 

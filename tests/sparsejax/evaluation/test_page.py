@@ -4,6 +4,7 @@ import base64
 import html.parser
 import itertools
 import json
+import pathlib
 import re
 import sys
 
@@ -16,6 +17,7 @@ from sparsejax.evaluation import (
   compare,
   curves,
   diagnostics,
+  figures,
   harness,
   locality,
   markdown,
@@ -105,6 +107,8 @@ def make_cells(kinds):
           misses=take(),
           most_misses=3,
           hit_rate=take(),
+          foreseen=take(),
+          moved_in_vain=take(),
           gamma=take(),
           least_gamma=take(),
           bound=None,
@@ -246,7 +250,7 @@ def test_a_number_of_every_cell_is_in_the_report(written):
     needle=("accuracy",),
     diagnostics=("value",),
     lm_eval=("value",),
-    locality=("misses", "gamma"),
+    locality=("misses", "foreseen", "moved_in_vain", "gamma"),
   )
   for task, (cells, _) in make_cells(("single", "multi_key")).items():
     for cell in cells:
@@ -260,9 +264,9 @@ def test_nothing_is_fetched_and_pictures_are_inside(written):
   reader = read(out / "report.html")
   pictures = [source for source in reader.sources if not source.startswith("#")]
   assert all(source.startswith("data:image/png;base64,iVBOR") for source in pictures)
-  # Perplexity, its gaps, needles by budget, length and depth twice, lm_eval, layers, cache,
-  # lists twice.
-  assert len(pictures) == 2 + 2 + 2 + 1 + 1 + 1 + 2
+  # Perplexity, its gaps, needles by budget, length and depth twice, lm_eval, layers, cache and
+  # prefetch, lists twice.
+  assert len(pictures) == 2 + 2 + 2 + 1 + 1 + 2 + 2
   assert not re.search(r"https?://|<script|@import|<link", text)
 
 
@@ -361,6 +365,30 @@ def test_lines_are_drawn_where_their_values_are(monkeypatch):
   assert seen[3.0, 2.0][0] == [64, 128]
   assert seen[1.5, 1.5][2] == ":"
   assert seen[3.0, 2.0][1] == seen[1.5, 1.5][1] != seen[4.0,][1]
+
+
+def test_a_prefetch_of_which_nothing_is_known_is_not_drawn(monkeypatch):
+  """Of one layer, or in files of before there was such a number."""
+  drawn = []
+  monkeypatch.setattr(curves, "draw", lambda panels, **_: drawn.append(panels) or b"")
+  cell = dict(context=64, spare=0, misses=3.0, hit_rate=0.9)
+  cells = dict(
+    old=[cell],
+    one=[cell | dict(foreseen=None, moved_in_vain=None)],
+    # Nothing is missed with more slots.
+    new=[
+      cell | dict(foreseen=0.25, moved_in_vain=7.0),
+      cell | dict(spare=9, foreseen=None, moved_in_vain=5.0),
+    ],
+  )
+  shown = [figures.Shown(name, c, (), pathlib.Path(), 64) for name, c in cells.items()]
+  assert len(figures.draw("locality", shown[:2])) == 1
+  figures.draw("locality", shown)
+  label = "new, behind 64 tokens"
+  assert drawn[-1] == {
+    "share of the misses": [curves.Line(label, label, (0,), (0.25,))],
+    "in vain, at a step": [curves.Line(label, label, (0, 9), (7.0, 5.0))],
+  }
 
 
 @pytest.mark.parametrize(
