@@ -1,7 +1,10 @@
 """The front door of the kernels; nothing behind it is imported from outside."""
 
 from pallas_kernels.block_selection.api import choose_block_selection, select_blocks
-from pallas_kernels.block_selection.of_token import select_blocks_of_token
+from pallas_kernels.block_selection.of_token import (
+  choose_select_blocks_of_token,
+  select_blocks_of_token,
+)
 from pallas_kernels.block_selection.pooling import Pooling, mean_windows, nsa_windows
 from pallas_kernels.block_sparse_attention.api import (
   block_sparse_attention,
@@ -38,6 +41,7 @@ __all__ = [
   "choose_fetch_pages",
   "choose_full_attention",
   "choose_plan_slots",
+  "choose_select_blocks_of_token",
   "choose_write_pages",
   "chunk_attention",
   "decode_attention",

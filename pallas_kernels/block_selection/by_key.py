@@ -57,14 +57,13 @@ def block_scores(problem: Problem, rules: Rules) -> jax.Array:
   windows_BKW = poolings.mean_windows(scores, segments, rules.pooling).transpose(0, 2, 1)
   if segments is None:
     return scores_of_blocks(windows_BKW, rules, num_blocks)
-  per_block = rules.block_size // rules.pooling.stride
   # Windows that end before the document are another document's.
   last_N = jnp.minimum((jnp.arange(num_blocks) + 1) * rules.block_size, s) - 1
   first_BN = documents.first_positions(segments)[:, last_N]
   best = jnp.full((scores.shape[0], scores.shape[2], num_blocks), -jnp.inf)
   for i in range(rules.pooling.count):
     one = poolings.Pooling(rules.pooling.size, rules.pooling.stride, rules.pooling.first + i, 1)
-    score = poolings.largest_of_windows(windows_BKW, one, per_block, num_blocks, -jnp.inf)
+    score = poolings.largest_of_windows(windows_BKW, one, rules.per_block, num_blocks, -jnp.inf)
     last_key_N = jnp.arange(num_blocks) * rules.block_size + one.reach() - 1
     is_there_B1N = (last_key_N[None] >= first_BN)[:, None]
     best = jnp.maximum(best, jnp.where(is_there_B1N, score, -jnp.inf))
@@ -73,9 +72,8 @@ def block_scores(problem: Problem, rules: Rules) -> jax.Array:
 
 def scores_of_blocks(windows_BKW: jax.Array, rules: Rules, num_blocks: int) -> jax.Array:
   """The score of every block [B, K, N] of a single document, from those of its windows."""
-  per_block = rules.block_size // rules.pooling.stride
   return poolings.largest_of_windows(
-    windows_BKW, rules.pooling, per_block, num_blocks, -jnp.inf
+    windows_BKW, rules.pooling, rules.per_block, num_blocks, -jnp.inf
   )
 
 

@@ -5,14 +5,22 @@ taken when the windows were complete. The rules are those of `api.select_blocks`
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_selection import by_key, plan, xla
+from pallas_kernels import devices, dispatch
+from pallas_kernels.block_selection import mosaic_gpu_token, plan, xla, xla_token
 from pallas_kernels.block_selection.pooling import Pooling
-from pallas_kernels.block_selection.problem import check_rules, make_rules
+from pallas_kernels.block_selection.problem import Rules, check_rules, make_rules
+from pallas_kernels.dispatch import Shaped
+
+type OfTokenImplementation = Literal["auto", "strict", "mosaic_gpu", "xla"]
+
+# What `auto` tries, in this order.
+AUTOMATIC = ("mosaic_gpu", "xla")
 
 
 def select_blocks_of_token(
@@ -31,10 +39,12 @@ def select_blocks_of_token(
   coarse_keys_BWKD: Float[Array, "B V K D"] | None = None,
   window_score_BWK: Float[Array, "B W K"] | None = None,
   num_by_query: int | None = None,
+  implementation: OfTokenImplementation | None = None,
 ) -> Int[Array, "B K M"]:
   """Returns what `select_blocks` lists for a query at `position_B` of a single document.
 
-  Runs in XLA: one query reads every window once, whatever multiplies.
+  Products of queries with windows, and their softmax, run in XLA: one query reads every window
+  once, whatever multiplies.
 
   Args:
     q_BHD: queries, positions encoded.
@@ -46,11 +56,14 @@ def select_blocks_of_token(
       see `select_blocks`.
     coarse_keys_BWKD: means over the windows of the normaliser.
     window_score_BWK: with `num_by_query`, means of the scores of keys over the windows.
+    implementation: of what is left. `xla` runs anywhere. `mosaic_gpu` is one kernel on Hopper
+      GPUs; over a mesh, in `jax.shard_map(..., check_vma=False)` alone. None and `auto` take
+      the kernel where it can run, else `xla`; `strict` is the kernel or an error.
 
   Raises:
-    ValueError: numbers that do not fit together, or fewer windows than `num_keys` keys
-      complete; the message names them.
-    KeyError: no such rule.
+    ValueError: numbers that do not fit together, fewer windows than `num_keys` keys complete,
+      or an implementation that cannot run here; the message names them.
+    KeyError: no such rule or implementation.
   """
   rules = make_rules(
     block_size=block_size,
@@ -67,54 +80,68 @@ def select_blocks_of_token(
   _check_windows("keys", rules.pooling, window_keys_BWKD, num_keys)
   if window_score_BWK is not None:
     _check_windows("scores", rules.pooling, window_score_BWK, num_keys)
-  q_B1HD, position_B1 = q_BHD[:, None], position_B[:, None]
-  first_B1 = jnp.zeros_like(position_B1)
-  bounds = plan.bounds_at(position_B1, first_B1, rules)
-  n = -(-num_keys // block_size)
-
-  lse = None
   if normalizer is not None:
     _check_windows("coarse keys", normalizer, coarse_keys_BWKD, num_keys)
-    if coarse_keys_BWKD.shape[1]:
-      coarse = dataclasses.replace(rules, pooling=normalizer)
-      seen = plan.bounds_at(position_B1, first_B1, coarse)
-      lse = xla.log_normalizer(q_B1HD, coarse_keys_BWKD, seen, rules.scale)
-  spans, counts = plan.spans(bounds, rules), []
-  ranks_by_query = any(span.slots for span in spans)
-  scores = []
-  if ranks_by_query:
-    score_B1KN = xla.scores(q_B1HD, window_keys_BWKD, bounds, rules, n, lse)
-    scores = [xla.within(score_B1KN, span) for span in spans]
-    counts = [min(span.slots, n) for span in spans]
+  choice = choose_select_blocks_of_token(
+    q_BHD,
+    window_keys_BWKD,
+    num_keys=num_keys,
+    block_size=block_size,
+    implementation=implementation,
+  )
+  window_BKGW = window_score_BKW = None
+  if rules.ranks_by_query:
+    coarse_BWKD = None if normalizer is None else coarse_keys_BWKD
+    window_BKGW = _probabilities(q_BHD, window_keys_BWKD, position_B, rules, coarse_BWKD)
   if window_score_BWK is not None:
-    scores_BKN = by_key.scores_of_blocks(window_score_BWK.transpose(0, 2, 1), rules, n)
-    scores.append(by_key.of_seen(scores_BKN, bounds.own_block, bounds.first_block, rules))
-    counts.append(min(num_blocks, n))
-  best = _top(scores, counts)
-  if ranks_by_query:
-    chosen = [xla.chosen(*best.pop(0), span) for span in spans]
-  else:
-    (b, _, k, _) = window_keys_BWKD.shape
-    chosen = [jnp.zeros((b, 1, k, 0), jnp.int32) for _ in spans]
-  lists_B1KQ = plan.assemble(chosen, bounds, rules)
-  if window_score_BWK is not None:
-    candidates = by_key.known(*best.pop())
-    lists_B1KQ = by_key.fill_with(lists_B1KQ, candidates, rules, bounds)
-  return lists_B1KQ[:, 0]
+    window_score_BKW = window_score_BWK.transpose(0, 2, 1)
+  make_lists = _IMPLEMENTATIONS[choice.backend]
+  if window_BKGW is None and window_score_BKW is None:
+    make_lists = xla_token.lists  # of forced blocks
+  num_row_blocks, num_heads = -(-num_keys // block_size), window_keys_BWKD.shape[2]
+  return make_lists(window_BKGW, window_score_BKW, position_B, rules, num_row_blocks, num_heads)
 
 
-def _top(scores: list[jax.Array], counts: list[int]) -> list[tuple[jax.Array, jax.Array]]:
-  """As `jax.lax.top_k` of each, by sorting all of them together.
+def choose_select_blocks_of_token(
+  q_BHD: Float[Shaped, "B H D"],
+  window_keys_BWKD: Float[Shaped, "B W K D"],
+  *,
+  num_keys: int,
+  block_size: int,
+  implementation: OfTokenImplementation | None = None,
+) -> dispatch.Choice:
+  """What `select_blocks_of_token` runs for such arrays on the first device, and why.
 
-  For a few rows that takes a GPU a fifth of the time of XLA's kernel for up to 16, and for
-  twice as many rows as long as for one half of them.
+  Takes a `jax.ShapeDtypeStruct` for an array, raises the same errors about implementations,
+  and runs nothing.
   """
-  if not scores:
-    return []
-  x = jnp.stack(scores)
-  numbers = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-  largest, numbers = jax.lax.sort((-x, numbers), num_keys=1, is_stable=True)
-  return [(-largest[i, ..., :count], numbers[i, ..., :count]) for i, count in enumerate(counts)]
+  (b, h, _), (_, w, k, _) = q_BHD.shape, window_keys_BWKD.shape
+  candidates = {
+    "mosaic_gpu": lambda: (
+      devices.why_not_hopper()
+      or devices.why_not_divided((q_BHD, window_keys_BWKD))
+      or mosaic_gpu_token.why_not((b, k, h // k, w), -(-num_keys // block_size))
+    ),
+    "xla": dispatch.runs_anywhere,
+  }
+  return dispatch.choose(
+    "select_blocks_of_token", implementation, candidates, automatic=AUTOMATIC
+  )
+
+
+def _probabilities(q_BHD, window_keys_BWKD, position_B, rules: Rules, coarse_keys_BWKD):
+  """Of windows [B, K, G, W]."""
+  (b, h, _), (_, w, k, _) = q_BHD.shape, window_keys_BWKD.shape
+  if w == 0:
+    return jnp.zeros((b, k, h // k, 0), jnp.float32)
+  q_B1HD, position_B1 = q_BHD[:, None], position_B[:, None]
+  first_B1, lse = jnp.zeros_like(position_B1), None
+  if coarse_keys_BWKD is not None and coarse_keys_BWKD.shape[1]:
+    coarse = dataclasses.replace(rules, pooling=rules.normalizer)
+    seen = plan.bounds_at(position_B1, first_B1, coarse)
+    lse = xla.log_normalizer(q_B1HD, coarse_keys_BWKD, seen, rules.scale)
+  bounds = plan.bounds_at(position_B1, first_B1, rules)
+  return xla.probabilities(q_B1HD, window_keys_BWKD, bounds, rules, lse)[:, 0]
 
 
 def _check_windows(what: str, pooling: Pooling, x_BW: jax.Array | None, num_keys: int) -> None:
@@ -123,3 +150,6 @@ def _check_windows(what: str, pooling: Pooling, x_BW: jax.Array | None, num_keys
     raise ValueError(
       f"{num_keys} keys complete {wanted} windows {pooling}, got {what} of {found}"
     )
+
+
+_IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu_token.lists, "xla": xla_token.lists}

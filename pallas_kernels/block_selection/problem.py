@@ -61,6 +61,16 @@ class Rules:
     """Blocks that queries choose freely, where there are enough to choose from."""
     return max(0, self.num_by_query - self.num_initial - self.num_local)
 
+  @property
+  def ranks_by_query(self) -> bool:
+    """Whether queries choose anything freely."""
+    return self.rule == "half_local" or self.num_free > 0
+
+  @property
+  def per_block(self) -> int:
+    """Windows that begin in a block."""
+    return self.block_size // self.pooling.stride
+
 
 def make_rules(
   *,

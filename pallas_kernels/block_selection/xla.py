@@ -50,27 +50,32 @@ def choose(
 
 
 def scores(q_BCHD, keys_BWKD, bounds, rules, num_blocks, lse_BCKG1=None):
-  """Scores of blocks from their windows' probabilities, which are added up over heads.
-
-  `lse_BCKG1` is the logarithm of what they are normalised by, -inf for their own sum; None
-  is -inf everywhere.
-  """
+  """Scores of blocks from their windows' probabilities, which are added up over heads."""
   b, c, _, _ = q_BCHD.shape
   w, k = keys_BWKD.shape[1:3]
   if w == 0:
     return jnp.zeros((b, c, k, num_blocks), jnp.float32)
+  window_BCKGW = probabilities(q_BCHD, keys_BWKD, bounds, rules, lse_BCKG1)
+  window_BCKW = window_BCKGW.sum(-2)
+  return poolings.scores_of_blocks(window_BCKW, rules.pooling, rules.per_block, num_blocks)
+
+
+def probabilities(q_BCHD, keys_BWKD, bounds, rules, lse_BCKG1=None):
+  """Probabilities of windows, 0 for those that are not seen.
+
+  `lse_BCKG1` is the logarithm of what they are normalised by, -inf for their own sum; None
+  is -inf everywhere.
+  """
   logits_BCKGW = _logits(q_BCHD, keys_BWKD, bounds, rules.scale)
   largest_BCKG1 = logits_BCKGW.max(-1, keepdims=True)
   largest_BCKG1 = jnp.where(jnp.isneginf(largest_BCKG1), 0.0, largest_BCKG1)
   weights_BCKGW = jnp.exp(logits_BCKGW - largest_BCKG1)
   total_BCKG1 = jnp.maximum(weights_BCKGW.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
   window_BCKGW = weights_BCKGW / total_BCKG1
-  if lse_BCKG1 is not None:
-    by_coarse_BCKGW = jnp.exp(logits_BCKGW - lse_BCKG1)
-    window_BCKGW = jnp.where(jnp.isneginf(lse_BCKG1), window_BCKGW, by_coarse_BCKGW)
-  window_BCKW = window_BCKGW.sum(-2)
-  per_block = rules.block_size // rules.pooling.stride
-  return poolings.scores_of_blocks(window_BCKW, rules.pooling, per_block, num_blocks)
+  if lse_BCKG1 is None:
+    return window_BCKGW
+  by_coarse_BCKGW = jnp.exp(logits_BCKGW - lse_BCKG1)
+  return jnp.where(jnp.isneginf(lse_BCKG1), window_BCKGW, by_coarse_BCKGW)
 
 
 class _Coarse(NamedTuple):

@@ -179,7 +179,7 @@ class _Questions:
 def choose_decoding(
   options: method.Options, stream: method.Stream, room: pages.Room, *, num_heads: int
 ) -> list[pallas_kernels.Choice]:
-  """What a model decodes on beside plain XLA: reads of pages, and moves of them.
+  """What a model decodes on: reads of pages, how they are chosen, and moves of them.
 
   Args:
     options: settings of attention.
@@ -193,7 +193,8 @@ def choose_decoding(
   b, k = room.batch, room.num_kv_heads
   layers = [options.of_layer(place) for place in range(len(options.pattern))]
   most = attention.most_pages(options, stream, room.length)
-  has_bias = any("bias" in attention.remembers(own, stream, room.length) for own in layers)
+  remembered = [attention.remembers(own, stream, room.length) for own in layers]
+  has_bias = any("bias" in kinds for kinds in remembered)
   parts = {"k": ((room.head_dim,), room.dtype), "v": ((room.head_dim,), room.dtype)}
   if has_bias:
     parts["bias"] = (), "float32"
@@ -226,7 +227,22 @@ def choose_decoding(
       slots, jax.ShapeDtypeStruct((b * k, most), jnp.int32)
     )
 
+  windows = [kinds.get("windows", kinds.get("windows_k")) for kinds in remembered]
+  windows = [kind.spec(room) for kind in windows if kind is not None]
+
+  def select():
+    # As a row of windows has it; the past keeps those of a head side by side.
+    (b, k, w, d), dtype = windows[0].shape, windows[0].dtype
+    return pallas_kernels.choose_select_blocks_of_token(
+      jax.ShapeDtypeStruct((b, num_heads, d), dtype),
+      jax.ShapeDtypeStruct((b, w, k, d), dtype),
+      num_keys=room.length,
+      block_size=options.block_size,
+    )
+
   asks = [attend]
+  if stream == "sparse" and windows:
+    asks.append(select)
   if room.num_slots is not None:
     asks.append(plan)
     asks.append(lambda: move(pallas_kernels.choose_fetch_pages, most))

@@ -354,15 +354,20 @@ def test_decoding_says_what_it_runs_on(stream):
   transformer = small.make_model(attention__method="nosa", attention__num_blocks=4)
   room = caches.room(transformer, batch=2, length=64, num_slots=8)
   said = backends.choose_decoding(transformer.options, stream, room, num_heads=4)
+  chosen = [("select_blocks_of_token", "xla")] if stream == "sparse" else []
   assert [(choice.op, choice.backend) for choice in said] == [
     ("decode_attention", "xla"),
+    *chosen,
     ("plan_slots", "xla"),
     ("fetch_pages", "dma"),
     ("write_pages", "dma"),
   ]
   room = dataclasses.replace(room, num_slots=None)
-  (said,) = backends.choose_decoding(transformer.options, stream, room, num_heads=4)
-  assert said.op == "decode_attention"
+  said = backends.choose_decoding(transformer.options, stream, room, num_heads=4)
+  assert [(choice.op, choice.backend) for choice in said] == [
+    ("decode_attention", "xla"),
+    *chosen,
+  ]
 
 
 def test_decoding_on_kernels_alone_is_refused_without_a_gpu():
@@ -388,4 +393,4 @@ def test_a_hopper_decodes_on_kernels_where_it_must(monkeypatch):
   transformer = small.make_model(attention__method="nosa", **options)
   room = caches.room(transformer, batch=2, length=64, num_slots=8)
   said = backends.choose_decoding(transformer.options, "sparse", room, num_heads=4)
-  assert [choice.backend for choice in said] == ["mosaic_gpu"] * 4
+  assert [choice.backend for choice in said] == ["mosaic_gpu"] * 5
