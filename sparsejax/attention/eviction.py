@@ -41,11 +41,14 @@ class EvictionHead(nn.Module):
     # Called a scale so that weight decay leaves it alone, like those of norms.
     zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("kv_heads",))
     scale_K = self.param("scale", zeros, (k,))
-    x_BTK = jnp.einsum(
-      "btkd,kdj->btj",
-      v_BTKD,
-      kernel_KDK.astype(v_BTKD.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    kernel_KDK = kernel_KDK.astype(v_BTKD.dtype)
+    if v_BTKD.shape[1] == 1:
+      # Of single tokens XLA makes one kernel; of a product, three, which copy what it takes.
+      terms = v_BTKD.astype(jnp.float32)[..., None] * kernel_KDK.astype(jnp.float32)[None, None]
+      x_BTK = terms.sum((2, 3))
+    else:
+      x_BTK = jnp.einsum(
+        "btkd,kdj->btj", v_BTKD, kernel_KDK, preferred_element_type=jnp.float32
+      )
     score_BTK = scale_K[None, None] * jax.nn.softplus(x_BTK)
     return jnp.exp(score_BTK) if self.kind == "dma" else score_BTK

@@ -54,7 +54,10 @@ class Pages(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Last(Kind):
-  """What the last `size` tokens have, the newest at the end, [B, size, K, ...]."""
+  """What the last `size` tokens have, [B, size, K, ...]: token t at t % size.
+
+  So a token is written where it stays; the others need not be moved for it.
+  """
 
   size: int = 1
 
@@ -64,10 +67,24 @@ class Last(Kind):
 
   def fill(self, x_LBTK, lengths_B, room: Room) -> jax.Array:
     del room
-    # Of rows that are shorter, what stands before the first token is never read.
-    place = jnp.maximum(lengths_B[:, None] + jnp.arange(-self.size, 0)[None], 0)
-    row_B1 = jnp.arange(len(lengths_B))[:, None]
-    return x_LBTK[:, row_B1, place]
+    last_B1, place_1X = lengths_B[:, None] - 1, jnp.arange(self.size)[None]
+    # Of rows that are shorter, what stands in place of tokens before the first is never read.
+    number_BX = jnp.maximum(last_B1 - (last_B1 - place_1X) % self.size, 0)
+    return x_LBTK[:, jnp.arange(len(lengths_B))[:, None], number_BX]
+
+  def mean_of_newest(self, count: int, x_BXK: jax.Array, position_B: jax.Array) -> jax.Array:
+    """The mean over that many of the newest tokens, float32, in no order."""
+    x_BXK = x_BXK.astype(jnp.float32)
+    if count < self.size:
+      age_BX = (position_B[:, None] - jnp.arange(self.size)[None]) % self.size
+      is_new_BXK = (age_BX < count).reshape(*age_BX.shape, *[1] * (x_BXK.ndim - 2))
+      x_BXK = jnp.where(is_new_BXK, x_BXK, 0)
+    return x_BXK.sum(1) / count
+
+  def in_order(self, x_BXK: jax.Array, position_B: jax.Array) -> jax.Array:
+    """The same with the token at a position at the end."""
+    place_BX = (position_B[:, None] + 1 + jnp.arange(self.size)[None]) % self.size
+    return x_BXK[jnp.arange(len(position_B))[:, None], place_BX]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +147,14 @@ class Past:
   token: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
   def of_layer(self, name: str) -> jax.Array:
-    """[B, ...]; of windows [B, W, K, ...]."""
-    x_B = jax.lax.dynamic_index_in_dim(self.arrays[name], self.layer, keepdims=False)
-    return x_B.swapaxes(1, 2) if isinstance(self.kinds[name], Windows) else x_B
+    """[B, ...]; of windows [B, W, K, ...], of last tokens the newest at the end."""
+    x_B, kind = self._array_of_layer(name), self.kinds[name]
+    if isinstance(kind, Last):
+      return kind.in_order(x_B, self.position_B)
+    return x_B.swapaxes(1, 2) if isinstance(kind, Windows) else x_B
+
+  def _array_of_layer(self, name: str) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(self.arrays[name], self.layer, keepdims=False)
 
   def add(self, **token: jax.Array) -> "Past":
     """With what the token has, [B, K, ...] by source, and the means that it completes.
@@ -146,12 +168,13 @@ class Past:
     )
     for name, kind in self.kinds.items():
       if isinstance(kind, Last):
-        past = past._push(name, token[kind.source])
+        past = past._push(name, kind, token[kind.source])
     for name, kind in self.kinds.items():
       if isinstance(kind, Windows) and kind.last is not None:
-        last = past.of_layer(kind.last)[:, -kind.pooling.size :]
-        mean = pallas_kernels.mean_windows(last, None, kind.pooling)[:, 0]
-        past = past.add_window(name, mean)
+        mean_BK = self.kinds[kind.last].mean_of_newest(
+          kind.pooling.size, past._array_of_layer(kind.last), self.position_B
+        )
+        past = past.add_window(name, mean_BK)
     return past
 
   def add_window(self, name: str, x_BK: jax.Array) -> "Past":
@@ -166,12 +189,10 @@ class Past:
     array = array.at[place].set(x_BK.astype(array.dtype), mode="drop")
     return self._with(name, array)
 
-  def _push(self, name: str, x_BK: jax.Array) -> "Past":
-    last = jnp.concatenate([self.of_layer(name)[:, 1:], x_BK[:, None]], axis=1)
-    array = jax.lax.dynamic_update_index_in_dim(
-      self.arrays[name], last.astype(self.arrays[name].dtype), self.layer, 0
-    )
-    return self._with(name, array)
+  def _push(self, name: str, kind: Last, x_BK: jax.Array) -> "Past":
+    array, row_B = self.arrays[name], jnp.arange(len(self.position_B))
+    place = self.layer, row_B, self.position_B % kind.size
+    return self._with(name, array.at[place].set(x_BK.astype(array.dtype)))
 
   def _with(self, name: str, array: jax.Array) -> "Past":
     return self.replace(arrays=self.arrays | {name: array})

@@ -69,7 +69,7 @@ def known(kind, x_LB, row, length, room):
     rows = x_LB.reshape(-1, room.batch, room.num_kv_heads, room.length, *x_LB.shape[2:])
     return rows[:, row, :, :length]
   if isinstance(kind, past.Last):
-    return x_LB[:, row, max(0, kind.size - length) :]
+    return x_LB[:, row, np.arange(max(0, length - kind.size), length) % kind.size]
   return x_LB[:, row, :, : kind.pooling.num_windows(length)]
 
 
