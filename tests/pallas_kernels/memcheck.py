@@ -27,6 +27,7 @@ from pallas_kernels import (
   plan_slots,
   release_slots,
   select_blocks,
+  select_blocks_of_token,
   write_pages,
 )
 from pallas_kernels.block_selection import pooling
@@ -94,6 +95,27 @@ def moving() -> dict:
   return dict(zip(("keys", "values", "biases"), written, strict=True))
 
 
+def listing() -> dict:
+  """Lists of single tokens, by scores of keys, too."""
+  windows = pooling.infllm_v2(64)
+  q, k = jnp.ones((3, 32, 128), jnp.bfloat16), jnp.ones((3, 1027, 2, 128), jnp.bfloat16)
+  blocks = select_blocks_of_token(
+    q,
+    k * jnp.arange(1027)[None, :, None, None] / 1000,
+    jnp.array([0, 9000, 16_443]),
+    num_keys=16_444,
+    block_size=64,
+    num_blocks=64,
+    num_initial=1,
+    num_local=16,
+    num_by_query=33,
+    pooling=windows,
+    window_score_BWK=jax.random.normal(jax.random.key(0), (3, 1027, 2)),
+    implementation="mosaic_gpu",
+  )
+  return dict(blocks=blocks)
+
+
 def planning() -> dict:
   """Slots for lists longer than a thread compares at once, of rows amid others."""
   rows, num_slots = 9, 300
@@ -115,7 +137,8 @@ def main(names: list[str]) -> int:
   if importlib.util.find_spec("jax_triton") is not None:
     backends.append("triton")
   runs = {name: functools.partial(selection, name) for name in SELECTION}
-  runs |= dict(decode_attention=decoding, move_pages=moving, plan_slots=planning)
+  runs |= dict(select_blocks_of_token=listing, plan_slots=planning)
+  runs |= dict(decode_attention=decoding, move_pages=moving)
   for backend in backends:
     runs |= {
       f"{name}/{backend}": functools.partial(attention, backend, name) for name in ATTENTION
