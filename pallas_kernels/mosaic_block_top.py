@@ -1,8 +1,9 @@
 """The largest keys of a row, found by all threads of a block; inline operations of Mosaic GPU.
 
 A thread holds every 512th key, and all of them search for the largest threshold that as many
-keys reach as are wanted. What lies above it is taken, and of what equals it the first ones, so
-that the choice is exact. (`mosaic_top` is for one warp, where there are rows for all warps.)
+keys reach as are wanted, two bits at a time. What lies above it is taken, and of what equals it
+the first ones, so that the choice is exact. (`mosaic_top` is for one warp, where there are rows
+for all warps.)
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +21,15 @@ _WARPS = THREADS // 32
 # Numbers of keys are counted in halves of a word.
 MOST_KEYS = 2**14
 
-# Totals of warps: two that take turns in a loop, those before it, and those after it.
-_COUNTS = 4 * _WARPS
+_GE = arith.CmpIPredicate.uge
+
+# Totals of warps, up to two words each: two that take turns in a loop, those before it, and
+# those after it.
+_WORDS = 2
+_COUNTS = 4 * _WORDS * _WARPS
 _BEFORE, _AFTER = 2, 3
+# Of votes: above, equal, and both before them; and how many are read at a time.
+_BYTES, _AT_ONCE = 12, 8
 
 
 def num_words(num_keys: int) -> int:
@@ -62,7 +69,7 @@ def choose(
   for i, of_warp in enumerate(votes):
     search.vote(i, of_warp)
   # Its barrier is the votes', too.
-  num_above = search.total(_count(above), thread.i32(_AFTER))
+  (num_above,) = search.totals([_count(above)], thread.i32(_AFTER))
   num_equal = arith.subi(wanted, num_above)
   search.add_up_votes(len(keys))
   barrier()
@@ -90,7 +97,7 @@ class _Search:
     """The largest key that `wanted` keys reach; 1 where there are no more than that."""
     i32 = thread.int32()
     ones = [arith.cmpi(arith.CmpIPredicate.ne, key, thread.i32(0)) for key in keys]
-    num_keys = self.total(_count(ones), thread.i32(_BEFORE))
+    (num_keys,) = self.totals([_count(ones)], thread.i32(_BEFORE))
     start = [thread.i32(0), thread.i32(-1), num_keys, thread.i32(0)]
     loop = scf.WhileOp([i32] * 4, start)
     before = loop.before.blocks.append(*[i32] * 4)
@@ -102,31 +109,42 @@ class _Search:
     after = loop.after.blocks.append(*[i32] * 4)
     with ir.InsertionPoint(after):
       low, high, count, turn = after.arguments
-      middle = thread.add(low, arith.shrui(arith.subi(high, low), thread.i32(1)))
-      reached = [arith.cmpi(arith.CmpIPredicate.uge, key, middle) for key in keys]
-      num_reached = self.total(_count(reached), turn)
-      is_enough = arith.cmpi(arith.CmpIPredicate.sge, num_reached, wanted)
-      scf.yield_(
-        [
-          arith.select(is_enough, middle, low),
-          arith.select(is_enough, high, middle),
-          arith.select(is_enough, num_reached, count),
-          arith.xori(turn, thread.i32(1)),
-        ]
-      )
+      scf.yield_([*self._narrow(keys, wanted, low, high, count, turn)])
     return arith.maxui(loop.results[0], thread.i32(1))
 
-  def total(self, x, turn):
-    """The sum over all threads. The same `turn` may come again after another barrier."""
-    first = thread.add(self.place, thread.multiply(turn, 4 * _WARPS))
+  def _narrow(self, keys, wanted, low, high, count, turn):
+    """A quarter of a range, as many keys as reach its low end, and the next turn."""
+    quarter = arith.shrui(arith.subi(high, low), thread.i32(2))
+    quarter = arith.maxui(quarter, thread.i32(1))
+    # None beyond the high end is enough: those can be tried in vain.
+    tried, reached = [low], []
+    for _ in range(3):
+      tried.append(thread.add(tried[-1], quarter))
+      reached.append(_count([arith.cmpi(_GE, key, tried[-1]) for key in keys]))
+    first, second, third = reached
+    packed = thread.add(arith.shli(second, thread.i32(16)), third)
+    first, packed = self.totals([first, packed], turn)
+    reached = first, thread.bits(packed, 16, 0xFFFF), thread.bits(packed, 0, 0xFFFF)
+    for middle, num_reached in zip(tried[1:], reached, strict=True):
+      is_enough = arith.cmpi(arith.CmpIPredicate.sge, num_reached, wanted)
+      low = arith.select(is_enough, middle, low)
+      high = arith.select(is_enough, high, arith.minui(high, middle))
+      count = arith.select(is_enough, num_reached, count)
+    return low, high, count, arith.xori(turn, thread.i32(1))
+
+  def totals(self, numbers, turn):
+    """Sums over all threads. The same `turn` may come again after another barrier."""
+    first = thread.add(self.place, thread.multiply(turn, 4 * _WORDS * _WARPS))
     of_warp = thread.add(first, thread.multiply(mgpu_utils.warp_idx(), 4))
     is_first_lane = thread.is_equal(thread.lane(), thread.i32(0))
-    thread.store_shared(of_warp, _add_up(x), is_first_lane)
+    for i, x in enumerate(numbers):
+      thread.store_shared(of_warp, _add_up(x), is_first_lane, 4 * _WARPS * i)
     barrier()
     own = thread.bits(mgpu_utils.thread_idx(), 0, _WARPS - 1)
-    x = thread.load_shared(thread.add(first, thread.multiply(own, 4)))
+    own = thread.add(first, thread.multiply(own, 4))
     is_one = thread.is_less(thread.lane(), thread.i32(_WARPS))
-    return _add_up(arith.select(is_one, x, thread.i32(0)))
+    found = [thread.load_shared(own, 4 * _WARPS * i) for i in range(len(numbers))]
+    return [_add_up(arith.select(is_one, x, thread.i32(0))) for x in found]
 
   def vote(self, i: int, of_warp) -> None:
     """Writes the votes of a warp on its i-th keys."""
@@ -141,17 +159,23 @@ class _Search:
     index = mgpu_utils.thread_idx()
     with mgpu_utils.when(thread.is_less(index, thread.i32(count))):
 
-      def add(j, so_far):
-        word = self._word(0, j)
-        above = thread.popcount(thread.load_shared(word))
-        equal = thread.popcount(thread.load_shared(word, 4))
-        both = thread.add(arith.shli(above, thread.i32(16)), equal)
-        is_before = thread.is_less(j, index)
-        return thread.add(so_far, arith.select(is_before, both, thread.i32(0)))
+      def add(n, so_far):
+        first = thread.multiply(n, _AT_ONCE)
+        word = self._word(0, first)
+        # All are on their way before one is waited for.
+        votes = [
+          [thread.load_shared(word, _BYTES * i + 4 * kind) for kind in range(2)]
+          for i in range(_AT_ONCE)
+        ]
+        for i, of_warp in enumerate(votes):
+          above, equal = map(thread.popcount, of_warp)
+          both = thread.add(arith.shli(above, thread.i32(16)), equal)
+          is_before = thread.is_less(thread.add(first, thread.i32(i)), index)
+          so_far = thread.add(so_far, arith.select(is_before, both, thread.i32(0)))
+        return so_far
 
-      thread.store_shared(
-        self._word(0, index), thread.loop(count, add, thread.i32(0)), offset=8
-      )
+      before = thread.loop(count // _AT_ONCE, add, thread.i32(0))
+      thread.store_shared(self._word(0, index), before, offset=8)
 
   def before(self, i: int, votes):
     """How many keys before the thread's i-th one are above, and how many equal."""
@@ -165,7 +189,7 @@ class _Search:
     """Where votes of a warp on its i-th keys are: above, equal, and both before them."""
     word = thread.add(warp, thread.i32(i * _WARPS))
     return thread.add(
-      self.place, thread.add(thread.multiply(word, 12), thread.i32(4 * _COUNTS))
+      self.place, thread.add(thread.multiply(word, _BYTES), thread.i32(4 * _COUNTS))
     )
 
 
