@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import io
 import itertools
 import json
 import pathlib
@@ -9,6 +10,7 @@ import re
 import sys
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from sparsejax.configuration import record
@@ -184,6 +186,21 @@ def read(path):
   return reader
 
 
+def png(pixels=None):
+  """A file of pixels, [height, width, 4]; of a few, if none are given."""
+  content = io.BytesIO()
+  Image.fromarray(np.zeros((2, 3, 4), np.uint8) if pixels is None else pixels).save(
+    content, "PNG"
+  )
+  return content.getvalue()
+
+
+def pixels(source):
+  """Of a picture inside HTML, [height, width, 4]."""
+  with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
+    return np.asarray(image.convert("RGBA"))
+
+
 DIFFERENCE = compare.Difference(
   task="perplexity",
   what="web",
@@ -263,11 +280,40 @@ def test_nothing_is_fetched_and_pictures_are_inside(written):
   text = (out / "report.html").read_text()
   reader = read(out / "report.html")
   pictures = [source for source in reader.sources if not source.startswith("#")]
-  assert all(source.startswith("data:image/png;base64,iVBOR") for source in pictures)
+  assert all(source.startswith("data:image/webp;base64,UklGR") for source in pictures)
   # Perplexity, its gaps, needles by budget, length and depth twice, lm_eval, layers, cache and
   # prefetch, lists twice.
   assert len(pictures) == 2 + 2 + 2 + 1 + 1 + 2 + 2
   assert not re.search(r"https?://|<script|@import|<link", text)
+
+
+def test_pictures_are_the_same_pixels_in_fewer_bytes():
+  """Photographs apart: of what is drawn, with edges and few colours."""
+  axes = curves.draw({"web": [curves.Line("a", "a", (1, 2, 4), (1.0, 2.0, 1.5))]}, x="x", y="y")
+  shown = page._figure(page.figures.Figure("a curve", axes))
+  (source,) = re.findall('src="([^"]*)"', shown)
+  with Image.open(io.BytesIO(axes)) as image:
+    np.testing.assert_array_equal(pixels(source), np.asarray(image.convert("RGBA")))
+  assert len(base64.b64decode(source.partition(",")[2])) < len(axes) / 2
+
+
+def test_a_picture_that_webp_has_no_room_for_stays_as_it_is():
+  for width, kind in ((16383, "webp"), (16384, "png")):
+    long = png(np.zeros((1, width, 4), np.uint8))
+    assert f"data:image/{kind};" in page._figure(page.figures.Figure("long", long))
+
+
+@pytest.mark.parametrize(
+  "damage", [lambda x: x[:-60], lambda x: b"", lambda x: x[:40] + x[60:]]
+)
+def test_a_damaged_picture_is_named(tmp_path, capsys, damage):
+  out = make_checkpoint("a", tmp_path / "a").out
+  drawn = png(np.random.default_rng(7).integers(256, size=(50, 9, 4), dtype=np.uint8))
+  (out / "perplexity_by_position.png").write_bytes(damage(drawn))
+  assert page.main([str(out)]) == 2
+  said = capsys.readouterr().err
+  assert "the picture 'perplexity by position' is damaged" in said
+  assert "delete its file" in said
 
 
 def test_many_pictures_wait_to_be_asked_for(tmp_path, monkeypatch):
@@ -275,7 +321,7 @@ def test_many_pictures_wait_to_be_asked_for(tmp_path, monkeypatch):
   monkeypatch.setattr(
     page.figures,
     "draw",
-    lambda task, shown: [page.figures.Figure(f"{task} {n}", b"x") for n in range(9)],
+    lambda task, shown: [page.figures.Figure(f"{task} {n}", png()) for n in range(9)],
   )
   page.write([make_checkpoint("a", tmp_path / "a")], [], [make_count(tmp_path)], tmp_path)
   text = (tmp_path / "report.html").read_text()
@@ -309,7 +355,9 @@ def test_all_is_in_the_json(written):
 
 def test_what_tasks_left_becomes_a_report_again(written, capsys):
   out, (checkpoint, _), _ = written
-  (checkpoint.out / "perplexity_by_position.png").write_bytes(b"drawn")
+  drawn = np.random.default_rng(7).integers(256, size=(5, 9, 4), dtype=np.uint8)
+  drawn[..., 3] = 255
+  (checkpoint.out / "perplexity_by_position.png").write_bytes(png(drawn))
   assert page.main([str(checkpoint.out)]) == 0
   assert capsys.readouterr().out == f"saved {checkpoint.out}/report.html\n"
   of_both, again = read(out / "report.html"), read(checkpoint.out / "report.html")
@@ -317,7 +365,7 @@ def test_what_tasks_left_becomes_a_report_again(written, capsys):
     (rows,) = [x for x in markdown.blocks(answer.text) if not isinstance(x, str)]
     assert {cell for row in rows for cell in row} <= set(again.cells)
   assert len(again.cells) < len(of_both.cells)
-  assert base64.b64encode(b"drawn").decode() in "".join(again.sources)
+  assert any(np.array_equal(pixels(x), drawn) for x in again.sources if "image" in x)
   assert "attention: xla" in again.text
 
 
