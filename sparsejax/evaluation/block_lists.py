@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import attention, errors
-from sparsejax.diagnostics import seen
+from sparsejax import attention, errors, sharding
+from sparsejax.diagnostics import by_head, seen
 from sparsejax.evaluation import subject as subjects
 
 # Neighbouring queries whose lists are joined.
@@ -37,10 +37,10 @@ class Cell:
 
 
 def check(subject: subjects.Subject) -> None:
-  """Refuses what has no lists, as far as that shows before the model runs.
+  """Refuses what has no lists, before the model runs; parameters may be shapes alone.
 
   Raises:
-    ConfigError: rows are too short for the method to choose blocks.
+    ConfigError: the method chooses no blocks, or rows are too short for it to do so.
     DataError: no source has a validation split.
   """
   if not any(source.validation for source in subject.corpus.sources):
@@ -55,6 +55,15 @@ def check(subject: subjects.Subject) -> None:
       f"rows of {length} tokens are below infllmv2.dense_length={threshold} and read whole, so "
       "that there are no lists; take longer ones with --sequence_length."
     )
+  ids_BT = jax.ShapeDtypeStruct((subject.mesh.size, length), np.int32)
+  with sharding.use(subject.mesh):
+    places = by_head.places_with_lists(subject.transformer, subject.params, ids_BT)
+  if not places:
+    raise errors.ConfigError(
+      f"attention.method={'+'.join(options.pattern)!r} chooses no blocks in any layer, so that "
+      "there are no lists; leave block_lists out of --tasks, or take a checkpoint of a method "
+      "that chooses, as ssa, nsa or nosa."
+    )
 
 
 def choose(subject: subjects.Subject) -> np.ndarray:
@@ -63,8 +72,7 @@ def choose(subject: subjects.Subject) -> np.ndarray:
   Layers that choose no blocks, in a model where others do, have empty lists.
 
   Raises:
-    ConfigError: the model's method chooses no blocks; or see `check`.
-    DataError: see `check`.
+    UserError: see `check`.
   """
   check(subject)
   row = next(s.validation[0] for s in subject.corpus.sources if s.validation)
@@ -89,16 +97,10 @@ def choose(subject: subjects.Subject) -> np.ndarray:
     place: np.asarray(x_SBTKM[:, 0])
     for place, x_SBTKM in seen.by_place(shown, "blocks").items()
   }
-  pattern = options.pattern
-  if not found:
-    raise errors.ConfigError(
-      f"attention.method={'+'.join(pattern)!r} chooses no blocks; --tasks=block_lists is for "
-      "models that do."
-    )
   num_layers = subject.transformer.shape.num_hidden_layers
   blocks_LTKM = np.full((num_layers, *next(iter(found.values())).shape[1:]), -1, np.int32)
   for place, blocks in found.items():
-    blocks_LTKM[place :: len(pattern)] = blocks
+    blocks_LTKM[place :: len(options.pattern)] = blocks
   return blocks_LTKM
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pallas_kernels
 from sparsejax import attention, errors, sharding
 from sparsejax.attention import method
-from sparsejax.diagnostics import block_choice, seen
+from sparsejax.diagnostics import block_choice, by_head, seen
 from sparsejax.evaluation import contexts
 from sparsejax.evaluation import subject as subjects
 
@@ -60,15 +60,37 @@ class Cell:
   misses_by_layer: tuple[tuple[float, ...], ...]
 
 
+def check(subject: subjects.Subject, context: int, *, num_rows: int, num_steps: int) -> None:
+  """Refuses what has no lists to record; parameters may be shapes alone.
+
+  Raises:
+    ConfigError: the model chooses no blocks, in some layer or at this length.
+    DataError: see `contexts.rows`.
+  """
+  length, options = context + num_steps, subject.transformer.options
+  # More than there is of the text.
+  contexts.rows(subject, num_rows, length)
+  ids_BT = jax.ShapeDtypeStruct((subject.mesh.size, length), np.int32)
+  with sharding.use(subject.mesh):
+    places = by_head.places_with_lists(subject.transformer, subject.params, ids_BT)
+  if len(places) < len(options.pattern):
+    raise errors.ConfigError(
+      f"attention.method={'+'.join(options.pattern)!r} does not choose blocks in every layer "
+      f"of rows of {length} tokens; leave locality out of --tasks, or take a checkpoint whose "
+      "layers all choose, as of ssa or nosa. Rows below infllmv2.dense_length are read whole: "
+      "take longer --lengths."
+    )
+
+
 def record(
   subject: subjects.Subject, context: int, *, num_rows: int, num_steps: int
 ) -> np.ndarray:
   """The lists of the steps after a context, int32 [S, L, B, K, M]; -1 for empty slots.
 
   Raises:
-    ConfigError: the model chooses no blocks, in some layer or at this length.
-    DataError: see `contexts.rows`.
+    UserError: see `check`.
   """
+  check(subject, context, num_rows=num_rows, num_steps=num_steps)
   length = context + num_steps
   ids_BT = contexts.rows(subject, num_rows, length)
   options = subject.transformer.options
@@ -96,11 +118,6 @@ def record(
       same_BT = jnp.asarray(np.repeat(row_T[None], subject.mesh.size, 0))
       lists.append(jax.tree.map(lambda x: np.asarray(x[:, 0]), look(subject.params, same_BT)))
   period = len(options.pattern)
-  if sorted(lists[0]) != list(range(period)):
-    raise errors.ConfigError(
-      f"attention.method={'+'.join(options.pattern)!r} does not choose blocks in every layer "
-      f"of rows of {length} tokens; --tasks=locality is for models that do."
-    )
   num_layers = subject.transformer.shape.num_hidden_layers
   s, k, m = lists[0][0].shape[1:]
   found = np.empty((s, num_layers, num_rows, k, m), np.int32)

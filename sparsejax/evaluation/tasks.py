@@ -9,7 +9,6 @@ from sparsejax import errors
 from sparsejax.configuration import checks
 from sparsejax.evaluation import (
   block_lists,
-  contexts,
   decode_timing,
   diagnostics,
   harness,
@@ -160,8 +159,7 @@ def _locality(subject, request: requests.Request, out):
 
   units = []
   for context in locality_contexts(subject, request):
-    # More than there is of the text is refused before other tasks begin.
-    contexts.rows(subject, num_rows, context + request.num_steps)
+    locality.check(subject, context, num_rows=num_rows, num_steps=request.num_steps)
     name = f"lists/{context}.npy"
     units.append(
       plans.Unit(

@@ -9,6 +9,7 @@ from configs import base
 from sparsejax import errors
 from sparsejax.evaluation import block_lists, table
 from sparsejax.evaluation import request as requests
+from sparsejax.evaluation import subject as subjects
 from tests import small
 
 pytestmark = pytest.mark.usefixtures("plain_report")
@@ -72,13 +73,33 @@ def test_shares_are_those_of_plain_counting():
   )
 
 
-def test_a_method_without_lists_is_refused(tmp_path):
+@pytest.mark.parametrize(
+  ("task", "message"),
+  [
+    ("block_lists", r"chooses no blocks in any layer.* leave block_lists out of --tasks"),
+    ("locality", r"does not choose blocks in every layer.* leave locality out of --tasks"),
+    ("sparsity", r"chooses no blocks in rows of 64 tokens"),
+  ],
+)
+def test_a_method_without_lists_is_refused_before_anything_is_read(
+  tmp_path, monkeypatch, task, message
+):
+  """Whatever else is asked before it."""
   workdir, _ = make_workdir(tmp_path, "sliding_window")
-  request = requests.Request(path=workdir, tasks=("block_lists",))
-  with pytest.raises(
-    errors.ConfigError, match=r"attention.method='sliding_window' chooses no blocks"
-  ):
+  monkeypatch.setattr(subjects, "with_params", None)
+  request = requests.Request(path=workdir, tasks=("perplexity", task), num_steps=16)
+  with pytest.raises(errors.ConfigError, match=rf"attention.method='sliding_window' {message}"):
     table.run(request, base.get_config())
+  assert not (workdir / "eval").exists()
+
+
+def test_layers_with_windows_among_others_have_empty_lists(tmp_path):
+  layers = ("sliding_window", "ssa")
+  workdir, _ = make_workdir(tmp_path, "ssa", attention__layer_methods=layers)
+  subject = subjects.load(workdir, base.get_config())
+  window, chosen = block_lists.choose(subject)
+  assert (window == -1).all()
+  assert (chosen >= 0).any()
 
 
 def test_rows_that_are_read_whole_have_no_lists(tmp_path):
