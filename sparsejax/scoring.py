@@ -133,12 +133,15 @@ class Summary(NamedTuple):
 
 
 def summarize(scores: RowScores) -> Summary:
-  """Means over tokens, with errors from the spread between rows (ratio estimator)."""
+  """Means over tokens, with errors from the spread between rows (ratio estimator).
+
+  NaN is the mean of no tokens.
+  """
   nll, num_tokens = scores.nll.astype(np.float64), scores.num_tokens.astype(np.float64)
-  total = num_tokens.sum()
+  total = num_tokens.sum() or math.nan
   loss = nll.sum() / total
   loss_se = ratio_error(nll, num_tokens)
-  perplexity = math.exp(loss)
+  perplexity = exp(loss)
   num_bytes = scores.num_bytes.sum()
   return Summary(
     loss=loss,
@@ -147,7 +150,7 @@ def summarize(scores: RowScores) -> Summary:
     perplexity_se=perplexity * loss_se,
     bits_per_byte=nll.sum() / math.log(2) / num_bytes if num_bytes else None,
     accuracy=scores.hits.sum() / total,
-    num_tokens=int(total),
+    num_tokens=int(num_tokens.sum()),
     num_rows=len(nll),
   )
 
@@ -164,14 +167,23 @@ def compare(scores: RowScores, others: RowScores) -> tuple[float, float]:
     raise ValueError("scores are of different rows")
   num_tokens = scores.num_tokens.astype(np.float64)
   more = scores.nll.astype(np.float64) - others.nll.astype(np.float64)
-  return more.sum() / num_tokens.sum(), ratio_error(more, num_tokens)
+  return more.sum() / (num_tokens.sum() or math.nan), ratio_error(more, num_tokens)
+
+
+def exp(nats: float) -> float:
+  """Perplexity of a loss; infinite where a float has no room for it."""
+  with np.errstate(over="ignore"):
+    return float(np.exp(nats))
 
 
 def ratio_error(sums: np.ndarray, num_tokens: np.ndarray) -> float:
-  """Standard error of a mean per token, from the spread of rows' sums; NaN for a single row."""
+  """Standard error of a mean per token, from the spread of rows' sums.
+
+  NaN for a single row, for no tokens and for sums that are not finite.
+  """
   rows, total = len(sums), num_tokens.sum()
-  if rows < 2:
+  if rows < 2 or not total or not np.isfinite(sums).all():
     return math.nan
   # Tokens of a row depend on each other; rows are the smallest pieces that hardly do.
   residual = sums - sums.sum() / total * num_tokens
-  return math.sqrt((residual**2).sum() * rows / (rows - 1)) / total
+  return float(math.sqrt((residual**2).sum() * rows / (rows - 1)) / total)

@@ -12,11 +12,12 @@ def unigram_loss(source: corpus.Source, vocab_size: int, *, max_rows: int = 2048
 
   That model knows the frequency of every id in the training split. Rows are taken evenly
   from each split, up to `max_rows`; ids never seen in training count as seen once.
+  NaN where no token counts.
   """
   known = _count(source.train, vocab_size, max_rows) + 1
   seen = _count(source.validation or source.train, vocab_size, max_rows)
   log_share = np.log(known / known.sum())
-  return float(-(seen * log_share).sum() / seen.sum())
+  return float(-(seen * log_share).sum() / (seen.sum() or math.nan))
 
 
 def _count(rows: corpus.Rows, vocab_size: int, max_rows: int) -> np.ndarray:

@@ -7,6 +7,7 @@ takes the lists of a layer.
 
 from collections.abc import Sequence
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 
 from sparsejax import attention, errors, sharding
 from sparsejax.diagnostics import by_head, seen
+from sparsejax.evaluation import markdown
 from sparsejax.evaluation import subject as subjects
 
 # Neighbouring queries whose lists are joined.
@@ -27,12 +29,12 @@ class Cell:
   Attributes:
     layer: its number.
     unions: blocks that as many neighbouring queries as `TILES` says read together, the mean
-      over tiles and key heads.
+      over tiles and key heads; None where a row is shorter.
     num_blocks: that there are.
   """
 
   layer: int
-  unions: tuple[float, ...]
+  unions: tuple[float | None, ...]
   num_blocks: int
 
 
@@ -114,7 +116,10 @@ def describe(blocks_LTKM: np.ndarray, block_size: int) -> list[Cell]:
 
 
 def mean_union(blocks_TKM: np.ndarray, tile: int) -> float:
-  """Blocks that a tile of neighbouring queries reads together, the mean over whole tiles."""
+  """Blocks that a tile of neighbouring queries reads together, the mean over whole tiles.
+
+  NaN where there are fewer queries.
+  """
   length, heads, _ = blocks_TKM.shape
   unions = [
     len(np.unique(lists[lists >= 0]))
@@ -122,7 +127,7 @@ def mean_union(blocks_TKM: np.ndarray, tile: int) -> float:
     for head in range(heads)
     for lists in [blocks_TKM[start : start + tile, head]]
   ]
-  return float(np.mean(unions))
+  return float(np.mean(unions)) if unions else math.nan
 
 
 def shares(blocks_LTKM: np.ndarray, block_size: int) -> np.ndarray:
@@ -151,5 +156,8 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
   header = "layer", *(f"{tile} queries" for tile in TILES), "of blocks"
   return [
     header,
-    *((str(c.layer), *(f"{x:.1f}" for x in c.unions), str(c.num_blocks)) for c in cells),
+    *(
+      (str(c.layer), *(markdown.number(x, ".1f") for x in c.unions), str(c.num_blocks))
+      for c in cells
+    ),
   ]

@@ -61,15 +61,16 @@ def paired(
   Args:
     sums: [N], of the first.
     other_sums: [N], of the second.
-    weights: [N], of both, above 0 in total.
+    weights: [N], of both.
 
   Returns:
     See `Difference`. The error is that of a ratio of sums over independent samples
-    (`scoring.ratio_error`), and p is erfc(|z| / sqrt(2)).
+    (`scoring.ratio_error`), and p is erfc(|z| / sqrt(2)). Of nothing, and of what is not
+    finite, the difference is NaN.
   """
   more = np.asarray(sums, np.float64) - np.asarray(other_sums, np.float64)
   weights = np.asarray(weights, np.float64)
-  difference = float(more.sum() / weights.sum())
+  difference = float(more.sum() / (weights.sum() or math.nan))
   error = scoring.ratio_error(more, weights)
   if math.isnan(error):
     return difference, None, None, None
@@ -159,7 +160,7 @@ def differences(
         f"{run} and {reference} cannot be compared in {task} of {own.what}: their samples are "
         "not the same; measure both again with --fresh, or leave --compare out."
       )
-    total = math.fsum(own.weights)
+    total = math.fsum(own.weights) or math.nan
     difference, error, z, p = paired(own.sums, other.sums, own.weights)
     found.append(
       Difference(

@@ -18,14 +18,15 @@ class Line:
   Attributes:
     label: what a legend calls it.
     key: lines of the same one have the same colour.
-    x, y: of the points; with a single x of None, y is a level across the panel.
+    x, y: of the points; with a single x of None, y is a level across the panel. A y of None
+      is not finite, and not drawn.
     error: of y, None where it is not known; () draws none.
   """
 
   label: str
   key: str
   x: tuple[float | None, ...]
-  y: tuple[float, ...]
+  y: tuple[float | None, ...]
   error: tuple[float | None, ...] = ()
 
   @property
@@ -66,7 +67,8 @@ def draw(
     for line in lines:
       style = dict(color=color[line.key], linewidth=1.3)
       if line.is_level:
-        axis.axhline(line.y[0], linestyle=":", **style)
+        if line.y[0] is not None:
+          axis.axhline(line.y[0], linestyle=":", **style)
         continue
       order = np.argsort(line.x)
       xs, ys = (np.array(values, float)[order] for values in (line.x, line.y))

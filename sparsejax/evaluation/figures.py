@@ -136,10 +136,7 @@ def _diagnostics(shown: Sequence[Shown]) -> Iterable[Figure]:
   runs = [
     types.SimpleNamespace(
       name=x.name or "model",
-      diagnostics=[
-        diagnostics.Cell(cell["name"], cell["value"], plans.tuples(cell["layers"]))
-        for cell in x.cells
-      ],
+      diagnostics=[plans.restore(diagnostics.Cell, cell) for cell in x.cells],
     )
     for x in shown
   ]

@@ -219,7 +219,7 @@ def _samples(value, *, mode: str, budget: int | None, seed: int | None) -> list[
       mode=mode,
       budget=budget,
       metric=metric,
-      sums=tuple(sums),
+      sums=plans.floats(sums),
       weights=tuple(weights),
       asked=about["asked"],
       needs_tokenizer=False,
@@ -300,11 +300,12 @@ def _cells(results: Sequence[dict], mode: str, budget: int | None, seeds) -> Ite
   for task, metrics in all_runs[0].items():
     for key, value in metrics.items():
       name, _, kind = key.partition(",")
-      if not kind or name.endswith("_stderr") or not isinstance(value, int | float):
+      # A number that is not finite is None.
+      if not kind or name.endswith("_stderr") or not isinstance(value, int | float | None):
         continue
       if name.isdigit() and value == -1:  # RULER's word for a length nobody asked for
         continue
-      runs = [run[task][key] for run in all_runs]
+      runs = plans.floats([run[task][key] for run in all_runs])
       error = metrics.get(f"{name}_stderr,{kind}")
       yield Cell(
         task=task,

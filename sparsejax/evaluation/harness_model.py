@@ -314,7 +314,11 @@ def _sums(label: str, values: list, whole) -> tuple[str, list[float], list[float
     return None
   sums = [float(x) for x in values]
   mean = math.fsum(sums) / len(sums)
-  if not isinstance(whole, int | float) or not math.isclose(mean, whole, abs_tol=1e-9):
+  if not isinstance(whole, int | float):
+    return None
+  if not math.isclose(mean, whole, abs_tol=1e-9) and not (
+    math.isnan(mean) and math.isnan(whole)
+  ):
     return None
   return label, sums, [1.0] * len(sums)
 

@@ -100,7 +100,12 @@ class Ledger:
   def add(
     self, key: dict[str, Any], value: Any, files: tuple[str, ...] = (), seconds: float = 0.0
   ) -> None:
-    """Writes a value down, after the files that belong to it; all are on the disk then."""
+    """Writes a value down, after the files that belong to it; all are on the disk then.
+
+    Raises:
+      UserError: it cannot be written.
+      ValueError: the value is no JSON, as NaN is none.
+    """
     entry = dict(
       key=key,
       value=value,
@@ -111,7 +116,7 @@ class Ledger:
       seconds=round(seconds, 3),
     )
     # One write of a file that is opened to append: there is no half of it before a whole.
-    line = (json.dumps(entry) + "\n").encode()
+    line = (json.dumps(entry, allow_nan=False) + "\n").encode()
     try:
       if self._is_fresh:
         self._file.truncate(0)

@@ -8,6 +8,7 @@ Letters: B rows, T tokens, L layers, S steps, K key/value heads, M blocks listed
 
 from collections.abc import Sequence
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -148,7 +149,7 @@ def run(
         spare=extra,
         misses=float(late.misses.mean()),
         most_misses=int(late.misses.max()),
-        hit_rate=float(late.hits.sum() / (late.hits.sum() + num_misses)),
+        hit_rate=float(late.hits.sum() / ((late.hits.sum() + num_misses) or math.nan)),
         foreseen=float(late.foreseen[:, 1:].sum() / num_later) if num_later else None,
         moved_in_vain=float(late.in_vain[:, 1:].mean()) if num_layers > 1 else None,
         gamma=float(gamma.mean()),

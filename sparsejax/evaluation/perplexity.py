@@ -2,10 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
-import math
 from typing import Any
-
-import numpy as np
 
 from sparsejax import errors, scoring
 from sparsejax.evaluation import by_position, markdown, plans
@@ -71,8 +68,10 @@ class Cell:
 
 def from_json(cell: dict) -> Cell:
   """A cell from its record in `perplexity.json`."""
-  found = tuple(by_position.Position(**position) for position in cell.get("positions", ()))
-  return Cell(**cell | dict(positions=found))
+  found = tuple(
+    plans.restore(by_position.Position, position) for position in cell.get("positions", ())
+  )
+  return plans.restore(Cell, cell | dict(positions=found))
 
 
 def check_modes(
@@ -171,9 +170,10 @@ def cells(units: Sequence[plans.Unit], values: Sequence[Any]) -> list[Cell]:
   for unit, value in zip(units, values, strict=True):
     key = unit.key
     if key["mode"] == "unigram":
-      loss = value["loss"]
+      (loss,) = plans.floats([value["loss"]])
+      exp = scoring.exp(loss)
       found.append(
-        Cell(key["source"], "unigram", None, loss, None, math.exp(loss), None, None, None, None)
+        Cell(key["source"], "unigram", None, loss, None, exp, None, None, None, None)
       )
       continue
     place = key["source"], key["length"]
@@ -208,18 +208,12 @@ def _cell(key, value: dict[str, Any], full: dict[str, Any] | None) -> Cell:
     num_samples=summary.num_rows,
     num_bytes=num_bytes or None,
     num_words=num_words,
-    word_perplexity=_exp(nll / num_words) if num_words else None,
-    byte_perplexity=_exp(nll / num_bytes) if num_bytes else None,
+    word_perplexity=scoring.exp(nll / num_words) if num_words else None,
+    byte_perplexity=scoring.exp(nll / num_bytes) if num_bytes else None,
     positions=by_position.of_values(
       value["positions"], None if full is None else full["positions"]
     ),
   )
-
-
-def _exp(nats: float) -> float:
-  """Infinite where a word is a long text."""
-  with np.errstate(over="ignore"):
-    return float(np.exp(nats))
 
 
 def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:

@@ -100,7 +100,9 @@ def draw_positions(cells: Sequence[perplexity.Cell], path: pathlib.Path) -> None
           axis.plot(x, y, ".-", **line)
           axis.fill_between(x, y - error, y + error, color=line["color"], alpha=0.2)
     axes[0, column].set_title(f"{source}, {length:,d} tokens", fontsize="medium")
-    axes[0, column].legend(fontsize="small")
+    # Of a model that is not finite there is nothing to draw.
+    if axes[0, column].has_data():
+      axes[0, column].legend(fontsize="small")
     axes[1, column].axhline(0.0, color="black", linewidth=0.5)
     bounds = sorted({position.last for cell in own for position in cell.positions})
     axes[1, column].set_xscale("log", base=2)

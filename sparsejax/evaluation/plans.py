@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Unit:
   Attributes:
     key: all that the value depends on beside the checkpoint, its config and the program; JSON
       with the entry `task`, and `mode`, `budget` and `length` if there are any.
-    measure: does it; what it returns is JSON.
+    measure: does it; what it returns is JSON, with None for what is not finite (`as_json`).
     samples: what the value says of single samples; None of what is not compared.
     files: below the directory of results, which `measure` leaves.
     text: of the text that samples are pieces of, where these are the same whatever the
@@ -94,8 +95,32 @@ def measure(units: Sequence[Unit], subject: subjects.Subject) -> list[Any]:
 
 
 def as_json(value: Any) -> Any:
-  """A value as it comes back from a file: tuples are lists, numbers are Python's."""
-  return json.loads(json.dumps(value, default=_plain))
+  """A value as it comes back from a file: tuples are lists, numbers are Python's.
+
+  Numbers that are not finite, for which JSON has no word, are None.
+  """
+  return json.loads(json.dumps(value, default=_plain), parse_constant=lambda name: None)
+
+
+def text(value: Any, *, indent: int) -> str:
+  """JSON for a file, by `as_json`."""
+  return json.dumps(as_json(value), indent=indent, allow_nan=False) + "\n"
+
+
+def restore(kind: type, record: Mapping[str, Any]) -> Any:
+  """A dataclass from its record as JSON: lists are tuples, None in place of a float is NaN."""
+  types = {field.name: field.type for field in dataclasses.fields(kind)}
+  return kind(
+    **{
+      name: math.nan if value is None and types.get(name) is float else tuples(value)
+      for name, value in record.items()
+    }
+  )
+
+
+def floats(values: Sequence[float | None]) -> tuple[float, ...]:
+  """Numbers from JSON, NaN where they were not finite."""
+  return tuple(math.nan if x is None else float(x) for x in values)
 
 
 def tuples(value: Any) -> Any:

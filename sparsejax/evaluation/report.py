@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sparsejax import errors
-from sparsejax.evaluation import diagnostics, markdown, perplexity, pictures
+from sparsejax.evaluation import diagnostics, markdown, perplexity, pictures, plans
 
 # Diagnostics in the order of rows and panels, whatever the stream; others come after these.
 _ORDER = (
@@ -141,8 +142,8 @@ def _read_summary(path: pathlib.Path, name: str) -> Run:
     config=summary["config"],
     config_hash=summary["config_hash"],
     environment=summary["environment"],
-    training=summary["training_curve"],
-    validation=summary["validation_curve"],
+    training=_records(summary["training_curve"]),
+    validation=_records(summary["validation_curve"]),
     cells=_perplexity(summary["perplexity"]),
     # Reports from before there were diagnostics say nothing of them.
     diagnostics=_diagnostics(summary.get("diagnostics", [])),
@@ -158,7 +159,7 @@ def write(runs: Sequence[Run], out: str | pathlib.Path) -> str:
   """
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
-  (out / "summary.json").write_text(json.dumps([r.summary() for r in runs], indent=1) + "\n")
+  (out / "summary.json").write_text(plans.text([r.summary() for r in runs], indent=1))
   text = table(runs)
   (out / "table.md").write_text(text)
   pictures.draw_curves(runs, out / "curves.png")
@@ -225,7 +226,12 @@ def _perplexity(cells: Sequence[dict[str, Any]]) -> list[perplexity.Cell]:
 
 
 def _diagnostics(cells: Sequence[dict[str, Any]]) -> list[diagnostics.Cell]:
-  return [diagnostics.Cell(**cell | {"layers": tuple(cell["layers"])}) for cell in cells]
+  return [plans.restore(diagnostics.Cell, cell) for cell in cells]
+
+
+def _records(lines: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+  """Logged values from JSON, NaN where they were not finite."""
+  return [{name: math.nan if x is None else x for name, x in line.items()} for line in lines]
 
 
 def _newest_sample(folder: pathlib.Path) -> str:

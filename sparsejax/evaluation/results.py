@@ -18,7 +18,7 @@ class Answer:
 
   Attributes:
     task: name.
-    cells: lines of the answer, JSON.
+    cells: lines of the answer, JSON; None for numbers that are not finite.
     text: the answer as markdown.
     pictures: files that were drawn.
   """
@@ -99,7 +99,7 @@ def write(task: str, told: plans.Told, about: dict[str, Any], out: pathlib.Path)
   lines = [dataclasses.asdict(cell) for cell in told.cells]
   out.mkdir(parents=True, exist_ok=True)
   content = dict(task=task, **about, cells=lines)
-  (out / f"{task}.json").write_text(json.dumps(content, indent=2) + "\n")
+  (out / f"{task}.json").write_text(plans.text(content, indent=2))
   (out / f"{task}.md").write_text(told.text)
   return Answer(task, plans.as_json(lines), told.text, told.pictures)
 
@@ -147,7 +147,7 @@ def write_all(
     counts=[dict(taken=x.taken, measured=x.measured, made_by=x.made_by) for x in counts],
   )
   out.mkdir(parents=True, exist_ok=True)
-  (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+  (out / "results.json").write_text(plans.text(content, indent=1))
   parts = []
   for x in checkpoints:
     lines = [f"{x.name}, step {x.about['step']}\n"] if len(checkpoints) > 1 else []

@@ -199,14 +199,14 @@ def _samples(value: dict[str, Any], *, length: int, budget: int) -> list[plans.S
     mode, _, number = name.partition("/")
     there = [layer for layer in layers if layer is not None]
     if number == "attn_sparsity" and there:
-      of_rows[number, mode] = np.array(there).mean((0, 2)).tolist()
+      of_rows[number, mode] = np.array(there, np.float64).mean((0, 2)).tolist()
   return [
     plans.Samples(
       what=f"{length} tokens",
       mode=mode,
       budget=budget,
       metric=NAMES[number],
-      sums=tuple(rows),
+      sums=plans.floats(rows),
       weights=(1.0,) * len(rows),
     )
     for (number, mode), rows in of_rows.items()
@@ -233,7 +233,8 @@ def cells(
         is_of_any = mode == "full" and name in _OF_MASS
         for budget in budgets[:1] if is_of_any else budgets:
           value = at[length, budget].get(name if mode is None else f"{mode}/{name}")
-          if value is None or all(layer is None for layer in value):
+          # Rows of a model that is not finite are None, too, but there.
+          if value is None or (name != "kl" and all(layer is None for layer in value)):
             continue
           found.append(
             Cell(

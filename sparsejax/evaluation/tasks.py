@@ -271,11 +271,7 @@ def _sparsity(subject, request: requests.Request, out):
 
 def _cells(values, kind):
   """Cells of units whose values are lists of them."""
-  return [
-    kind(**{name: plans.tuples(x) for name, x in cell.items()})
-    for value in values
-    for cell in value
-  ]
+  return [plans.restore(kind, cell) for value in values for cell in value]
 
 
 # That read contexts of --lengths, and are refused those beyond what RoPE reaches.

@@ -152,18 +152,18 @@ def samples(
   budget: int | None,
 ) -> list[plans.Samples]:
   """Rows, windows or documents of a value; see `plans.Samples`."""
-  same = dict(what=what, mode=mode, budget=budget)
+  same, nll = dict(what=what, mode=mode, budget=budget), plans.floats(value["nll"])
   found = [
     plans.Samples(
       metric="loss (nats/token)",
-      sums=tuple(value["nll"]),
+      sums=nll,
       weights=tuple(value["num_tokens"]),
       asked=asked,
       **same,
     )
   ]
   if any(value["num_bytes"]):
-    bits = tuple(x / math.log(2) for x in value["nll"])
+    bits = tuple(x / math.log(2) for x in nll)
     found.append(
       plans.Samples(
         metric="bits/byte",

@@ -1,15 +1,17 @@
 """Tasks of lm-evaluation-harness: what is asked how, what comes out, what is refused."""
 
+import dataclasses
 import json
 import math
 import statistics
 
+import jax
 import pytest
 
 from configs import base
 from sparsejax import errors
 from sparsejax.data import tokenizers
-from sparsejax.evaluation import harness, harness_presets, table
+from sparsejax.evaluation import harness, harness_presets, plans, table
 from sparsejax.evaluation import request as requests
 from sparsejax.evaluation import subject as subjects
 from tests import small
@@ -113,6 +115,37 @@ def _by_sample(out, mode):
     else:
       metrics[samples.what, samples.metric.replace("bits/byte", "bits_per_byte")] = mean
   return metrics
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_diverged_is_answered_for(workdir, folder, offline):
+  """Its numbers are there, though none is finite."""
+  subject = subjects.load(workdir, base.get_config())
+  params = jax.tree.map(lambda x: math.nan * x, subject.params)
+  diverged = dataclasses.replace(subject, params=params)
+  options = harness.Options(tasks=("tiny_text",), folder=folder)
+  planned = harness.plan(diverged, options, modes=("full",))
+  values = plans.measure(planned.units, diverged)
+  json.loads(json.dumps(values, allow_nan=False))
+  cells = planned.tell(values).cells
+  assert [cell.metric for cell in cells] == ["word_perplexity", "bits_per_byte"]
+  assert all(math.isnan(cell.value) for cell in cells)
+  (samples, *_) = planned.units[0].samples(values[0])
+  assert all(math.isnan(x) for x in samples.sums)
+
+
+def test_samples_that_are_not_finite_are_samples():
+  from_harness = harness_model_sums("acc", [1.0, math.nan], math.nan)
+  assert from_harness[0] == "acc"
+  assert harness_model_sums("acc", [1.0, 0.0], math.nan) is None
+  assert harness_model_sums("acc", [1.0, 0.0], 0.25) is None
+
+
+def harness_model_sums(*arguments):
+  need_harness()
+  from sparsejax.evaluation import harness_model
+
+  return harness_model._sums(*arguments)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -246,3 +247,22 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
   monkeypatch.setattr(builtins, "__import__", without_matplotlib)
   with pytest.raises(errors.UserError, match=r"matplotlib; install sparsejax\[eval\]"):
     report.write([run], tmp_path / "out")
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_summary_and_read_again(tmp_path):
+  """Of a run of one logged step, which has no speed, that diverged; its pictures are drawn."""
+  cells = [dataclasses.replace(CELLS[0], loss=math.nan, perplexity=math.nan), CELLS[1]]
+  workdir = make_workdir(tmp_path, cells=cells)
+  look_at(workdir, [diagnostics.Cell("gap", math.nan, ()), SEEN[2]])
+  lines = [training_line(1, 60.0, 1.0), validation_line(1, math.inf, math.nan)]
+  (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+  out = tmp_path / "first"
+  text = report.write([report.read(workdir)], out)
+  (summary,) = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
+  assert summary["tokens_per_second"] is None
+  assert summary["perplexity"][0]["perplexity"] is None
+  assert summary["validation"]["eval/full/loss"] is None
+  again = report.write([report.read(f"{out}/summary.json:a")], tmp_path / "second")
+  assert again == text
+  assert json.loads((tmp_path / "second" / "summary.json").read_text()) == [summary]
+  assert (tmp_path / "second" / "diagnostics.png").is_file()
