@@ -153,12 +153,14 @@ def plan(
         metadata = _measures(subject.corpus.tokenizer, folder, lengths, length)
       manager = harness_model.find_manager(part.tasks, options.folder, metadata)
       tasks = harness_model.load(manager, part.tasks, max_length=length)
+      shots = part.num_fewshot if options.num_fewshot is None else options.num_fewshot
       about = dict(
+        lm_eval=harness_model.VERSION,
         tasks=part.tasks,
-        num_fewshot=part.num_fewshot if options.num_fewshot is None else options.num_fewshot,
+        num_fewshot=shots,
         limit=options.limit,
         # Texts are the harness's; what a sample is depends on no tokenizer but in RULER.
-        data=harness_model.fingerprint(tasks, options.limit),
+        data=harness_model.fingerprint(tasks, options.limit, shots),
       )
       calls.append((preset, part, tasks, about))
 

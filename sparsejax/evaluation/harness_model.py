@@ -6,7 +6,9 @@ lm_eval.simple_evaluate(model=model, tasks=["piqa"])
 """
 
 from collections.abc import Sequence
+import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -34,6 +36,8 @@ _ROLLING = {
   "byte_perplexity": ("loss (nats/byte)", 1.0),
   "bits_per_byte": ("bits/byte", 1 / math.log(2)),
 }
+# How tasks are defined, asked and judged is the harness's own.
+VERSION = lm_eval.__version__
 # Enough for two digits of a standard error.
 _BOOTSTRAP_DRAWS = 1000
 
@@ -270,16 +274,54 @@ def load(manager: harness_tasks.TaskManager, names: Sequence[str], *, max_length
   return found
 
 
-def fingerprint(tasks: Sequence, limit: int | None) -> str:
-  """Of what tasks from `load` ask: their settings and documents, up to `limit` of each."""
+def fingerprint(tasks: Sequence, limit: int | None, num_fewshot: int | None) -> str:
+  """Of what tasks from `load` ask, and how they judge answers.
+
+  That is their settings, with the files of the functions that these name, and their documents:
+  up to `limit` of each, and all that examples are drawn from, if there are examples; and how
+  groups sum up their tasks.
+
+  Args:
+    tasks: of `load`.
+    limit: samples of each; None takes all.
+    num_fewshot: examples before each question; None is what each task says.
+  """
   described = []
   for task in tasks:
-    for own in task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]:
+    is_group = hasattr(task, "get_all_tasks")
+    for group in [task, *task.get_all_groups()] if is_group else []:
+      described.append((group.name, group.child_names, _as_text(group.aggregate_metric_list)))
+    for own in task.get_all_tasks() if is_group else [task]:
       documents = itertools.islice(iter(own.eval_docs), limit)
-      # Functions that have no source are written as objects at some address.
-      settings = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(own.dump_config(), default=str))
-      described.append((own.task_name, settings, [str(document) for document in documents]))
+      shots = own.get_config("num_fewshot") if num_fewshot is None else num_fewshot
+      examples = own.fewshot_docs() if shots else None
+      described.append(
+        (
+          own.task_name,
+          _as_text(own.config.to_dict(keep_callable=True)),
+          [str(document) for document in documents],
+          None if examples is None else [str(document) for document in examples],
+        )
+      )
   return plans.digest(described)
+
+
+def _as_text(settings) -> str:
+  return json.dumps(settings, default=_described, sort_keys=True)
+
+
+def _described(value):
+  """Of what settings hold beside JSON, all that it does: of a function, its whole file."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return dataclasses.asdict(value)
+  if isinstance(value, functools.partial):
+    return [_described(value.func), value.args, value.keywords]
+  # What has no source is written as an object at some address.
+  text = re.sub(r" at 0x[0-9a-f]+", "", str(value))
+  try:
+    return [text, pathlib.Path(inspect.getsourcefile(value)).read_text()]
+  except (OSError, TypeError):
+    return text
 
 
 def in_short(result: dict) -> dict:

@@ -152,22 +152,73 @@ def harness_model_sums(*arguments):
 def test_documents_and_settings_tell_tasks_apart(tmp_path, offline):
   from sparsejax.evaluation import harness_model
 
-  def fingerprint(folder, limit=None):
-    harness_model._manager.cache_clear()
-    manager = harness_model.find_manager(["tiny_choice"], folder)
-    tasks = harness_model.load(manager, ["tiny_choice"], max_length=64)
-    return harness_model.fingerprint(tasks, limit)
+  folder = harness_files.write(tmp_path / "a")
+  judge = folder / "judge.py"
+  judge.write_text("RIGHT = 1.0\n\n\ndef judge(doc, results):\n  return {'acc': RIGHT}\n")
+  group = (
+    "group: tiny\ntask: [tiny_choice, tiny_answer]\naggregate_metric_list: [{metric: acc}]"
+  )
+  (folder / "tiny.yaml").write_text(group)
 
-  first = fingerprint(harness_files.write(tmp_path / "a"))
-  assert fingerprint(tmp_path / "a") == first
-  assert fingerprint(tmp_path / "a", 5) != first
-  data = tmp_path / "a" / "choice.json"
-  data.write_text(data.read_text().replace("river", "lake"))
-  second = fingerprint(tmp_path / "a")
+  def fingerprint(name="tiny_choice", limit=None, num_fewshot=None):
+    harness_model._manager.cache_clear()
+    manager = harness_model.find_manager([name], folder)
+    tasks = harness_model.load(manager, [name], max_length=64)
+    return harness_model.fingerprint(tasks, limit, num_fewshot)
+
+  def change(file, old, new):
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
+
+  first = fingerprint()
+  assert fingerprint() == first
+  assert fingerprint(limit=5) != first
+  # What examples are drawn from, where there are examples.
+  with_shots = fingerprint(num_fewshot=2)
+  change("shots.json", "A sea", "One sea")
+  assert fingerprint() == first
+  assert fingerprint(num_fewshot=2) != with_shots
+  change("choice.json", "river", "lake")
+  second = fingerprint()
   assert second != first
-  task = tmp_path / "a" / "tiny_choice.yaml"
-  task.write_text(task.read_text().replace("{metric: acc_norm}", "{metric: f1}"))
-  assert fingerprint(tmp_path / "a") != second
+  change("tiny_choice.yaml", "{metric: acc_norm}", "{metric: f1}")
+  third = fingerprint()
+  assert third != second
+  # A function that judges, and what it calls.
+  change("tiny_choice.yaml", "test_split", "process_results: !function judge.judge\ntest_split")
+  judged = fingerprint()
+  assert judged != third
+  assert fingerprint() == judged
+  change("judge.py", "1.0", "0.5")
+  assert fingerprint() != judged
+  # How a group sums up.
+  summed = fingerprint("tiny")
+  assert fingerprint("tiny") == summed
+  change("tiny.yaml", "{metric: acc}", "{metric: acc, weight_by_size: false}")
+  assert fingerprint("tiny") != summed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_another_version_of_the_harness_measured_is_measured_again(
+  workdir, folder, offline, monkeypatch, tmp_path
+):
+  from sparsejax.evaluation import harness_model
+
+  request = requests.Request(
+    path=workdir,
+    tasks=("lm_eval",),
+    modes=("full",),
+    lm_eval=harness.Options(tasks=("tiny_text",), folder=folder),
+    out=tmp_path,
+  )
+  for version, said in (
+    ("0.4.13", "1 measured, 0 taken"),
+    ("0.4.13", "0 measured, 1 taken"),
+    ("0.4.14", "1 measured, 0 taken"),
+  ):
+    monkeypatch.setattr(harness_model, "VERSION", version)
+    assert f"cells: {said}" in table.run(request, base.get_config())[0]
 
 
 @pytest.mark.filterwarnings("ignore")
