@@ -6,7 +6,7 @@ which is an approximation for few samples, and made for each line on its own: of
 some are small by chance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -90,36 +90,56 @@ def check(
   """Refuses what cannot be compared, before anything is measured.
 
   Raises:
-    DataError: the two are asked about different data, or at different budgets.
+    ConfigError: the two are asked at different budgets.
+    DataError: they are asked about different data.
   """
   theirs = {plans.digest(_about(unit)) for unit in others}
   for unit in units:
     if plans.digest(_about(unit)) in theirs:
       continue
-    same_but = [
-      [name for name in unit.key if unit.key[name] != other.key.get(name)]
-      for other in others
-      if other.key["task"] == unit.key["task"] and other.key.keys() == unit.key.keys()
-    ]
-    names = min(same_but, key=len, default=["task"])
+    task, key = unit.key["task"], unit.key
+    like = [other.key for other in others if other.key["task"] == task]
+    # What it would be compared with, if that were the same.
+    nearest = min(like, key=lambda other: len(_differing(key, other)), default={})
+    names = _differing(key, nearest)
     pair = f"{subject.path} and {reference.path}"
     if names == ["budget"]:
       raise errors.ConfigError(
-        f"{pair} are trained at different budgets, so that their sparse inference differs in "
-        "more than weights; name --budgets that both can do."
+        f"{pair} are trained at different budgets ({key['budget']} and {nearest['budget']} "
+        "keys), so that their sparse inference differs in more than weights; name --budgets "
+        "that both can do."
       )
     if subject.corpus.tokenizer.fingerprint != reference.corpus.tokenizer.fingerprint:
       raise errors.DataError(
-        f"{pair} cannot be compared sample by sample in {unit.key['task']}: their tokenizers "
+        f"{pair} cannot be compared sample by sample in {task}: their tokenizers "
         f"differ ({subject.corpus.tokenizer.fingerprint} and "
         f"{reference.corpus.tokenizer.fingerprint}), and with them rows and questions. Leave "
         "--compare out, or compare bits per byte: --tasks=perplexity --protocol=documents of a "
         "--corpus."
       )
+    values = ", ".join(f"{name} ({key[name]} and {nearest.get(name)})" for name in names)
     raise errors.DataError(
-      f"{pair} cannot be compared sample by sample in {unit.key['task']}: they differ in "
-      f"{', '.join(names)}; name the same --sources and --sequence_length for both."
+      f"{pair} cannot be compared sample by sample in {task}: they differ in {values}; "
+      f"{_remedy(names, subject, reference)}leave {task} out of --tasks."
     )
+
+
+def _differing(key: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+  return [name for name in key if key[name] != other.get(name)]
+
+
+def _remedy(
+  names: Sequence[str], subject: subjects.Subject, reference: subjects.Subject
+) -> str:
+  """What flags can make the same, with an "or" behind it; else nothing."""
+  if names == ["vocab_size"]:
+    return "leave mqar, which draws from all ids, out of --needle_kinds, or "
+  own, other = subject.config.data, reference.config.data
+  if not {"length", "source", "data", "rows"} & set(names):
+    return ""
+  if own.sequence_length != other.sequence_length:
+    return f"take --sequence_length={min(own.sequence_length, other.sequence_length)}, or "
+  return "name --sources, text that was prepared once, or "
 
 
 def _about(unit: plans.Unit) -> dict[str, Any]:

@@ -129,6 +129,12 @@ def _plan(
     asked.append(_Asked(subject, name, own, planned, keys))
   if request.compare is not None:
     *others, reference = asked
+    if not any(_compared(planned) for planned in reference.planned.values()):
+      raise errors.ConfigError(
+        f"--compare={request.compare} compares sample by sample, and --tasks="
+        f"{','.join(request.tasks)} has none; add one of {', '.join(tasks.COMPARED)}, or name "
+        "the checkpoint in --workdir for answers side by side."
+      )
     for own in others:
       for task in request.tasks:
         compare.check(

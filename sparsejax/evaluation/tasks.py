@@ -277,6 +277,9 @@ def _cells(values, kind):
 # That read contexts of --lengths, and are refused those beyond what RoPE reaches.
 READ_LENGTHS = {"perplexity", "locality", "needle", "lm_eval", "sparsity"}
 
+# That say what they found of single samples.
+COMPARED = ("perplexity", "needle", "lm_eval", "sparsity")
+
 # Each makes a plan, of a checkpoint that is described and not yet loaded, a request, and the
 # directory of results.
 TASKS = {

@@ -182,9 +182,11 @@ def plan(
   for length in lengths:
     for kind in settings.kinds:
       make(kind, length, settings.depths[0], 0)
+  vocab_size = subject.transformer.shape.vocab_size
   about = dict(
     tokenizer=subject.corpus.tokenizer.fingerprint,
-    vocab_size=subject.transformer.shape.vocab_size,
+    # Of pairs that are drawn from all ids, and nothing else.
+    vocab_size=vocab_size if associations.KIND in settings.kinds else None,
     settings=plans.as_json(dataclasses.asdict(settings)),
     # Of what needles are hidden in, and nothing else.
     data=subject.corpus.fingerprint if settings.haystack == "corpus" else None,

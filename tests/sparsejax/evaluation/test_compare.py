@@ -95,9 +95,10 @@ def test_lines_of_other_samples_are_refused(other):
     compare.differences("needle", "a", [samples([1.0] * 4)], "b", [other])
 
 
-def subject(name, tokenizer="bytes"):
+def subject(name, tokenizer="bytes", length=64):
   corpus = types.SimpleNamespace(tokenizer=types.SimpleNamespace(fingerprint=tokenizer))
-  return types.SimpleNamespace(path=pathlib.Path(name), corpus=corpus)
+  config = types.SimpleNamespace(data=types.SimpleNamespace(sequence_length=length))
+  return types.SimpleNamespace(path=pathlib.Path(name), corpus=corpus, config=config)
 
 
 def unit(text=None, **key):
@@ -114,8 +115,25 @@ def unit(text=None, **key):
       errors.DataError,
       r"tokenizers differ \(bytes and bpe\)",
     ),
-    ("bytes", unit(data="d2"), errors.DataError, r"differ in data; name the same --sources"),
-    ("bytes", unit(budget=48), errors.ConfigError, r"different budgets.*name --budgets"),
+    (
+      "bytes",
+      unit(data="d2"),
+      errors.DataError,
+      r"in perplexity: they differ in data \(d1 and d2\); name --sources, text that was "
+      "prepared once, or leave perplexity out of --tasks",
+    ),
+    (
+      "bytes",
+      unit(budget=48),
+      errors.ConfigError,
+      r"different budgets \(64 and 48 keys\).*name --budgets",
+    ),
+    (
+      "bytes",
+      unit(source="code", num_sink_keys=2),
+      errors.DataError,
+      r"differ in source \(web and code\); name --sources",
+    ),
   ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
@@ -126,6 +144,41 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
   with pytest.raises(kind, match=rf"runs/a and runs/b .*{message}"):
     compare.check(mine, [full, unit()], theirs, [full, other])
   compare.check(mine, [full, unit()], theirs, [unit(), full])
+
+
+@pytest.mark.parametrize(
+  ("key", "other", "length", "message"),
+  [
+    (
+      dict(length=64, rows="r1"),
+      dict(length=32, rows="r2"),
+      32,
+      r"length \(64 and 32\), rows \(r1 and r2\); take --sequence_length=32, or leave sparsity",
+    ),
+    (dict(rows="r1"), dict(rows="r2"), 32, r"rows \(r1 and r2\); take --sequence_length=32"),
+    (dict(rows="r1"), dict(rows="r2"), 64, r"rows \(r1 and r2\); name --sources, text"),
+    (
+      dict(num_sink_keys=1),
+      dict(num_sink_keys=2),
+      64,
+      r"num_sink_keys \(1 and 2\); leave sparsity out of --tasks",
+    ),
+    (
+      dict(vocab_size=320),
+      dict(vocab_size=384),
+      64,
+      r"vocab_size \(320 and 384\); leave mqar, .*out of --needle_kinds, or leave sparsity",
+    ),
+  ],
+)
+def test_a_refusal_names_what_differs_and_what_can_be_made_the_same(
+  key, other, length, message
+):
+  """Of all that the other was asked, what is nearest."""
+  own, theirs = (unit(task="sparsity", **x) for x in (key, other))
+  far = unit(task="sparsity", mode="full", budget=None, **other)
+  with pytest.raises(errors.DataError, match=f"they differ in {message}"):
+    compare.check(subject("a"), [own], subject("b", length=length), [far, theirs])
 
 
 def test_whole_documents_compare_whatever_the_tokenizer():

@@ -19,6 +19,7 @@ from sparsejax.evaluation import (
   perplexity,
   plans,
   results,
+  sparsity,
   table,
 )
 from sparsejax.evaluation import request as requests
@@ -160,6 +161,14 @@ def test_means_of_nothing_are_null(tmp_path):
   rows = scoring.RowScores(*np.zeros((4, 3)))
   assert plans.as_json(scoring.compare(rows, rows)) == [None, None]
   assert plans.as_json(compare.paired([0.0], [0.0], [0.0])) == [None, None, None, None]
+
+
+def test_samples_of_sparsity_may_be_finite_in_part():
+  value = {"kl": [1.0, None], "full/attn_sparsity": [[[0.5, 0.75], [None, 0.5]], None]}
+  kl, mass = sparsity._samples(value, length=64, budget=16)
+  assert (kl.sums[0], mass.sums[0]) == (1.0, 0.625)
+  assert math.isnan(kl.sums[1])
+  assert math.isnan(mass.sums[1])
 
 
 def test_what_is_no_json_is_refused_and_leaves_what_is_there(tmp_path):

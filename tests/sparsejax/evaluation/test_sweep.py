@@ -275,7 +275,23 @@ def test_what_makes_no_sense_is_refused_before_anything_is_measured(
 
 def test_rows_of_other_lengths_are_not_compared(runs, tmp_path):
   request = requests.Request(path=runs / "c", compare=runs / "a", out=tmp_path)
-  with pytest.raises(errors.DataError, match=r"they differ in data, length; name the same"):
+  with pytest.raises(
+    errors.DataError, match=r"they differ in .*length \(128 and 64\); (.*),"
+  ) as refused:
+    run(request)
+  assert list(tmp_path.iterdir()) == []
+  # What the message says helps.
+  assert "; take --sequence_length=64, or leave perplexity out" in str(refused.value)
+  run(dataclasses.replace(request, sequence_length=64, max_rows=1))
+  assert "differences" in (tmp_path / "report.html").read_text()
+
+
+def test_a_comparison_of_nothing_is_refused(runs, tmp_path):
+  request = requests.Request(
+    path=runs / "b", compare=runs / "a", tasks=("diagnostics", "block_lists"), out=tmp_path
+  )
+  message = r"--compare=.*/a compares .* --tasks=diagnostics,block_lists has none; add one of p"
+  with pytest.raises(errors.ConfigError, match=message):
     run(request)
   assert list(tmp_path.iterdir()) == []
 
