@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from sparsejax.evaluation import subject as subjects
@@ -103,8 +104,14 @@ def as_json(value: Any) -> Any:
 
 
 def text(value: Any, *, indent: int) -> str:
-  """JSON for a file, by `as_json`."""
-  return json.dumps(as_json(value), indent=indent, allow_nan=False) + "\n"
+  """JSON for a file, by `as_json`; lists of numbers are in one line each."""
+  written = json.dumps(as_json(value), indent=indent, allow_nan=False)
+  # Strings have no line breaks of their own, and within a match there is no string.
+  return re.sub(r'\[\n[^\[\]{}"]*\]', _in_one_line, written) + "\n"
+
+
+def _in_one_line(match: re.Match) -> str:
+  return re.sub(r"\s+", " ", match[0]).replace("[ ", "[").replace(" ]", "]")
 
 
 def restore(kind: type, record: Mapping[str, Any]) -> Any:

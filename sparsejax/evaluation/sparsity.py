@@ -54,7 +54,8 @@ class Cell:
     value, se: over layers and heads; of `error_to_bound` and `gamma_min` the extreme.
     layers, layers_se: the same of each layer; None where it has no such number, and () where
       the number is the model's.
-    heads, heads_se: of each layer and query head, or key head of `gamma` and `gamma_min`.
+    heads, heads_se: of each layer and query head, or key head of `gamma` and `gamma_min`, in
+      five and in two digits.
     limit: what a theorem says that `value` cannot pass: 1 for `error_to_bound`; for `gamma_min`
       NOSA's least share, None for other methods.
     num_rows: that were looked at.
@@ -264,7 +265,7 @@ def _of_layers(name: str, value: Sequence) -> dict[str, Any]:
   layers, heads = [], []
   for x_RH in of_layers:
     layers.append((None, None) if x_RH is None else _floats(*_take(name, x_RH.T)))
-    of_heads = [] if x_RH is None else [_floats(*_take(name, x_R[None])) for x_R in x_RH.T]
+    of_heads = [] if x_RH is None else [_short(*_take(name, x_R[None])) for x_R in x_RH.T]
     means, errors_ = zip(*of_heads, strict=True) if of_heads else (None, None)
     heads.append((means, None if errors_ is None or None in errors_ else errors_))
   total, error = _floats(*_take(name, there_LRH.swapaxes(1, 2).reshape(-1, there_LRH.shape[1])))
@@ -296,6 +297,12 @@ def _mean(x_R: np.ndarray):
 
 def _floats(value, error) -> tuple[float, float | None]:
   return float(value), _number(error)
+
+
+def _short(value, error) -> tuple[float, float | None]:
+  """Of the many heads no more digits than anyone quotes."""
+  digits, of_error = f"{value:.5g}", f"{error:.2g}"
+  return _floats(float(digits), float(of_error))
 
 
 def _number(value) -> float | None:

@@ -61,7 +61,7 @@ def draw(
     ]
     drawn.append(directory / f"heads_{mode}_{budget}_{length}.png")
     _draw_heads(shown, drawn[-1])
-  return f"curves by length and maps of layer by head in {directory}\n", tuple(drawn)
+  return f"curves by length and maps of layer by head in {directory.name}/\n", tuple(drawn)
 
 
 def _draw_curves(cells: Sequence[sparsity.Cell], path: pathlib.Path) -> None:

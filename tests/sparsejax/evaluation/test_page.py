@@ -5,6 +5,7 @@ import html.parser
 import io
 import itertools
 import json
+import math
 import pathlib
 import re
 import sys
@@ -351,6 +352,24 @@ def test_all_is_in_the_json(written):
     assert x["parameters"] == "0123abcd"
   assert content["differences"][0]["p"] == 6.3e-5
   assert [x["taken"] for x in content["counts"]] == [3, 0]
+
+
+def test_lists_of_numbers_are_lines_and_strings_are_as_they_were():
+  value = dict(
+    numbers=[1, 2.5, math.nan, -3e-05],
+    lists=[[1, 2], [], [None, True]],
+    texts=["[\n 1,\n 2\n]", "[ 1, 2 ]"],
+    mixed=[1, "a"],
+    records=[dict(x=[1])],
+  )
+  text = plans.text(value, indent=1)
+  assert json.loads(text) == plans.as_json(value)
+  assert ' "numbers": [1, 2.5, null, -3e-05],\n' in text
+  assert ' "lists": [\n  [1, 2],\n  [],\n  [null, true]\n ],\n' in text
+  assert '   "x": [1]\n' in text
+  # What has no such list is as json has it.
+  plain = dict(a="x", b=dict(c=1.5))
+  assert plans.text(plain, indent=2) == json.dumps(plain, indent=2) + "\n"
 
 
 def test_what_tasks_left_becomes_a_report_again(written, capsys):
