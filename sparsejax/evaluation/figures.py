@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 
+from sparsejax import errors
 from sparsejax.evaluation import block_lists, curves, diagnostics, pictures, plans
 
 # Whose lists are shown, the first and the last among them.
@@ -182,7 +183,13 @@ def _by_spare_slots(
 
 def _block_lists(shown: Sequence[Shown]) -> Iterable[Figure]:
   for x in shown:
-    blocks_LTKM = np.load(x.out / "block_lists.npy")
+    path = x.out / "block_lists.npy"
+    if not path.is_file():
+      raise errors.DataError(
+        f"{path} is missing, which pictures of block_lists are drawn from; put it back, or "
+        "have a report without: delete block_lists.json beside it."
+      )
+    blocks_LTKM = np.load(path)
     shares_LTN = block_lists.shares(blocks_LTKM, x.block_size)
     layers = np.unique(np.linspace(0, len(shares_LTN) - 1, _MOST_LAYERS).round().astype(int))
     maps = {f"layer {layer}": shares_LTN[layer] for layer in layers}

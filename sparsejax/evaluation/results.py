@@ -98,7 +98,8 @@ def write(task: str, told: plans.Told, about: dict[str, Any], out: pathlib.Path)
   """
   lines = [dataclasses.asdict(cell) for cell in told.cells]
   out.mkdir(parents=True, exist_ok=True)
-  content = dict(task=task, **about, cells=lines)
+  drawn = [str(path.relative_to(out)) for path in told.pictures]
+  content = dict(task=task, **about, pictures=drawn, cells=lines)
   (out / f"{task}.json").write_text(plans.text(content, indent=2))
   (out / f"{task}.md").write_text(told.text)
   return Answer(task, plans.as_json(lines), told.text, told.pictures)
@@ -106,6 +107,8 @@ def write(task: str, told: plans.Told, about: dict[str, Any], out: pathlib.Path)
 
 def read(out: pathlib.Path) -> Checkpoint:
   """A checkpoint's answers as tasks left them in a directory, which may be some of those asked.
+
+  Of their pictures those that are there.
 
   Raises:
     DataError: there are none, or one that is damaged.
@@ -117,9 +120,13 @@ def read(out: pathlib.Path) -> Checkpoint:
       if "task" not in content:
         continue
       task, cells = content.pop("task"), content.pop("cells")
-      drawn = (*sorted(out.glob(f"{task}*.png")), *sorted((out / task).glob("*.png")))
+      # Answers from before pictures were named are shown with all there are.
+      found = (*sorted(out.glob(f"{task}*.png")), *sorted((out / task).glob("*.png")))
+      drawn = (
+        [out / name for name in content.pop("pictures")] if "pictures" in content else found
+      )
       text = path.with_suffix(".md").read_text()
-      answers.append(Answer(task, cells, text, drawn))
+      answers.append(Answer(task, cells, text, tuple(x for x in drawn if x.is_file())))
       about = content
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise errors.DataError(f"{path} is not what eval.py wrote: {error!r}.") from error

@@ -311,6 +311,9 @@ def test_a_damaged_picture_is_named(tmp_path, capsys, damage):
   out = make_checkpoint("a", tmp_path / "a").out
   drawn = png(np.random.default_rng(7).integers(256, size=(50, 9, 4), dtype=np.uint8))
   (out / "perplexity_by_position.png").write_bytes(damage(drawn))
+  content = json.loads((out / "perplexity.json").read_text())
+  content["pictures"] = ["perplexity_by_position.png"]
+  (out / "perplexity.json").write_text(json.dumps(content))
   assert page.main([str(out)]) == 2
   said = capsys.readouterr().err
   assert "the picture 'perplexity by position' is damaged" in said
@@ -376,7 +379,12 @@ def test_what_tasks_left_becomes_a_report_again(written, capsys):
   out, (checkpoint, _), _ = written
   drawn = np.random.default_rng(7).integers(256, size=(5, 9, 4), dtype=np.uint8)
   drawn[..., 3] = 255
-  (checkpoint.out / "perplexity_by_position.png").write_bytes(png(drawn))
+  path = checkpoint.out / "perplexity_by_position.png"
+  path.write_bytes(png(drawn))
+  told = plans.Told(
+    make_cells(("single", "multi_key"))["perplexity"][0], checkpoint.answers[0].text, (path,)
+  )
+  results.write("perplexity", told, checkpoint.about, checkpoint.out)
   assert page.main([str(checkpoint.out)]) == 0
   assert capsys.readouterr().out == f"saved {checkpoint.out}/report.html\n"
   of_both, again = read(out / "report.html"), read(checkpoint.out / "report.html")
@@ -386,6 +394,35 @@ def test_what_tasks_left_becomes_a_report_again(written, capsys):
   assert len(again.cells) < len(of_both.cells)
   assert any(np.array_equal(pixels(x), drawn) for x in again.sources if "image" in x)
   assert "attention: xla" in again.text
+
+
+def test_a_report_that_is_written_anew_has_the_pictures_that_it_had(tmp_path):
+  """Not others of the same folder, which the report draws in its own way."""
+  about = make_checkpoint("a", tmp_path / "a").about
+  out, (cells, _) = tmp_path / "b", make_cells(("single",))["needle"]
+  (out / "needle").mkdir(parents=True)
+  paths = [out / "needle" / f"{name}.png" for name in ("kept", "gone", "other")]
+  for path in paths:
+    path.write_bytes(png())
+  results.write("needle", plans.Told(cells, "text", tuple(paths[:2])), about, out)
+  paths[1].unlink()
+  (answer,) = results.read(out).answers
+  assert answer.pictures == (paths[0],)
+  # As it was written before there were names.
+  content = json.loads((out / "needle.json").read_text())
+  assert content.pop("pictures") == ["needle/kept.png", "needle/gone.png"]
+  (out / "needle.json").write_text(json.dumps(content))
+  (answer,) = results.read(out).answers
+  assert answer.pictures == (paths[0], paths[2])
+
+
+def test_lists_that_are_gone_are_named(tmp_path, capsys):
+  out = make_checkpoint("a", tmp_path / "a").out
+  (out / "block_lists.npy").unlink()
+  assert page.main([str(out)]) == 2
+  assert "block_lists.npy is missing" in capsys.readouterr().err
+  (out / "block_lists.json").unlink()
+  assert page.main([str(out)]) == 0
 
 
 def test_a_directory_without_answers_is_refused(tmp_path, capsys):
