@@ -192,6 +192,14 @@ def test_forced_scores_are_of_the_continuation_alone(subject):
     assert scores.nll[row] == pytest.approx(expected, rel=1e-4)
 
 
+def test_ids_are_of_the_question_where_pairs_are_drawn_from_them(subject):
+  """Models of one tokenizer may have room for different numbers of ids."""
+  plan = lambda *kinds: task.plan(subject, task.Settings(kinds=kinds, depths=(0,)))  # noqa: E731
+  assert {unit.key["vocab_size"] for unit in plan("single")} == {None}
+  size = subject.transformer.shape.vocab_size
+  assert {unit.key["vocab_size"] for unit in plan("single", "mqar")} == {size}
+
+
 @pytest.fixture(scope="module")
 def written(workdir):
   """The whole task on the model, in both modes."""
