@@ -172,7 +172,7 @@ def _compress(figure: figures.Figure) -> tuple[str, bytes]:
     with Image.open(io.BytesIO(figure.png)) as image:
       if max(image.size) > _WEBP_SIDE:
         return "png", figure.png
-      # Harder methods take longer, up to sixteen times, for 4% at most.
+      # Harder ways take longer, up to seventeen times, for 4% at most.
       image.save(content, "WEBP", lossless=True, method=4)
   except (OSError, SyntaxError) as error:  # as Pillow has it
     raise errors.DataError(
