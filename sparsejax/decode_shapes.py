@@ -25,6 +25,7 @@ from sparsejax import command_line, errors, model, parameters, sharding
 from sparsejax.attention import backends, past
 from sparsejax.configuration import build, checks, overrides, record
 from sparsejax.decoding import cache as caches
+from sparsejax.decoding import pinned
 from sparsejax.evaluation import decode_timing, markdown, pictures, throughput
 
 
@@ -149,7 +150,7 @@ def _measure(asked, transformer, params, mesh, context: int, recording):
     options, stream, room, num_heads=transformer.shape.num_attention_heads
   )
   spec = caches.spec(transformer, stream, room)
-  caches.check_size(spec, caches.free_bytes(), caches.host_limit())
+  caches.check_size(spec, caches.free_bytes(), pinned.limit())
   with sharding.use(mesh):
     cache = random_cache(spec, context, seed=1)
     ids_B = jax.random.randint(jax.random.key(2), (rows,), 0, transformer.shape.vocab_size)

@@ -6,7 +6,6 @@ Letters: B rows, V vocabulary.
 import dataclasses
 import functools
 import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,7 @@ import pallas_kernels
 from sparsejax import attention, errors, model
 from sparsejax.attention import method, pages, past
 from sparsejax.attention.past import Cache
-
-# Read by the GPU's runtime when it starts: GiB of pinned memory, and what it takes without.
-HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-_USUAL_HOST_LIMIT = 64
+from sparsejax.decoding import pinned
 
 OFFLOAD = ("auto", "never", "always")
 # Pages that earlier tokens read, beside those that a token reads.
@@ -147,11 +143,16 @@ def _spec_of_stack(kinds: dict[str, past.Kind], room: pages.Room, num_layers: in
 
 def num_bytes(spec: Cache, *, is_host: bool = False) -> int:
   """Bytes of a cache on the device, or of its pages in the host's memory."""
-  return sum(
+  return sum(_sizes(spec, is_host=is_host))
+
+
+def _sizes(spec: Cache, *, is_host: bool) -> list[int]:
+  """Bytes of each array, in the order in which `make` allocates them."""
+  return [
     math.prod(x.shape) * x.dtype.itemsize
     for x in jax.tree.leaves(spec)
     if is_host == (x.sharding is not None)
-  )
+  ]
 
 
 def make(spec: Cache) -> Cache:
@@ -219,19 +220,14 @@ def check_size(spec: Cache, limit: int | None, host_limit: int | None) -> None:
   Raises:
     UserError: it does not.
   """
-  rows = spec.lengths_B.shape[0]
-
-  def check(needed: int, limit: int | None, where: str, more: str) -> None:
-    if limit is not None and needed > limit:
-      fit = max(1, rows * limit // needed)
-      raise errors.UserError(
-        f"a cache of {rows} rows takes {needed / 2**30:.2f} GiB and {where} has "
-        f"{limit / 2**30:.2f} GiB free; decode {fit} rows at a time, or shorter ones{more}."
-      )
-
-  check(num_bytes(spec), limit, "the device", "")
-  more = f", or raise {HOST_LIMIT} before the program starts"
-  check(num_bytes(spec, is_host=True), host_limit, "pinned memory of the host", more)
+  rows, needed = spec.lengths_B.shape[0], num_bytes(spec)
+  if limit is not None and needed > limit:
+    fit = max(1, rows * limit // needed)
+    raise errors.UserError(
+      f"a cache of {rows} rows takes {needed / 2**30:.2f} GiB and the device has "
+      f"{limit / 2**30:.2f} GiB free; decode {fit} rows at a time, or shorter ones."
+    )
+  pinned.check(_sizes(spec, is_host=True), rows, host_limit)
 
 
 def free_bytes() -> int | None:
@@ -240,13 +236,6 @@ def free_bytes() -> int | None:
   if not stats or "bytes_limit" not in stats:
     return None
   return stats["bytes_limit"] - stats["bytes_in_use"]
-
-
-def host_limit() -> int | None:
-  """Bytes of pinned memory that the GPU's runtime hands out; None where there is no GPU."""
-  if jax.devices()[0].platform != "gpu":
-    return None
-  return int(os.environ.get(HOST_LIMIT, _USUAL_HOST_LIMIT)) * 2**30
 
 
 def step(

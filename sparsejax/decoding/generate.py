@@ -15,7 +15,7 @@ import pallas_kernels
 from sparsejax import errors, model, sharding
 from sparsejax.attention import backends, method, past, prompt_backends
 from sparsejax.decoding import cache as caches
-from sparsejax.decoding import prefill
+from sparsejax.decoding import pinned, prefill
 from sparsejax.decoding import sampling as samplings
 
 
@@ -195,7 +195,7 @@ class Decoder:
     self._key = jax.random.key(seed)
     self._draw_with = functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids)
     spec = caches.spec(self._transformer, stream, self._room)
-    caches.check_size(spec, free, caches.host_limit())
+    caches.check_size(spec, free, pinned.limit())
     with sharding.use(mesh):
       self.cache = caches.make(spec)
     self._begin = jax.jit(self._begin_row, donate_argnums=1)

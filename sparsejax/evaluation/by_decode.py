@@ -12,7 +12,7 @@ from sparsejax import model
 from sparsejax.attention import backends, method, past, prompt_backends
 from sparsejax.data import batch as data
 from sparsejax.decoding import cache as caches
-from sparsejax.decoding import prefill
+from sparsejax.decoding import pinned, prefill
 from sparsejax.evaluation import token_scores
 
 
@@ -61,7 +61,7 @@ def _check(decoder: model.Transformer, stream: method.Stream, room) -> None:
   free = caches.free_bytes()
   if free is not None:
     free = max(0, free - room.batch * prefill.num_bytes(decoder, stream, room, chunk))
-  caches.check_size(caches.spec(decoder, stream, room), free, caches.host_limit())
+  caches.check_size(caches.spec(decoder, stream, room), free, pinned.limit())
 
 
 def _read(decoder: model.Transformer, stream: method.Stream, params, batch: data.Batch):

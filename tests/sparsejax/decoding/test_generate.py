@@ -11,7 +11,7 @@ import pytest
 from sparsejax import errors, model, sharding
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import generate as generation
-from sparsejax.decoding import prefill
+from sparsejax.decoding import pinned, prefill
 from sparsejax.decoding import sampling as samplings
 from tests import small
 
@@ -191,14 +191,16 @@ def test_pages_that_the_host_has_no_room_for_are_refused(setting, monkeypatch):
   monkeypatch.delenv(name, raising=False)
   if setting is not None:
     monkeypatch.setenv(name, setting)
-  limit = caches.host_limit()
+  limit = pinned.limit()
   assert limit == (64 if setting is None else 1) * 2**30
   monkeypatch.undo()
   transformer, *_ = make()
   # 2 layers, 2 heads, keys and values of 8 float32: 256 bytes a token.
   room = caches.room(transformer, batch=3, length=limit // 256 // 2, num_slots=3)
   spec = caches.spec(transformer, "sparse", room)
-  message = "a cache of 3 rows takes .* GiB and pinned memory of the host has .*; decode 2"
-  with pytest.raises(errors.UserError, match=f"{message} rows.*, or raise {name} before"):
+  message = (
+    f"cache of 3 rows has arrays of .* decode 2 rows.*, or start the program with {name}"
+  )
+  with pytest.raises(errors.UserError, match=message):
     caches.check_size(spec, None, limit)
   caches.check_size(spec, None, 2 * limit)
