@@ -14,6 +14,7 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+from sparsejax import errors
 from sparsejax.evaluation import subject as subjects
 
 
@@ -114,12 +115,28 @@ def _in_one_line(match: re.Match) -> str:
   return re.sub(r"\s+", " ", match[0]).replace("[ ", "[").replace(" ]", "]")
 
 
+def _has_no_default(field: dataclasses.Field) -> bool:
+  missing = dataclasses.MISSING
+  return field.default is missing and field.default_factory is missing
+
+
 def restore(kind: type, record: Mapping[str, Any]) -> Any:
-  """A dataclass from its record as JSON: lists are tuples, None in place of a float is NaN."""
-  types = {field.name: field.type for field in dataclasses.fields(kind)}
+  """A dataclass from its record as JSON: lists are tuples, None in place of a float is NaN.
+
+  Raises:
+    DataError: the record is of another version of the program, with other fields.
+  """
+  fields = {field.name: field for field in dataclasses.fields(kind)}
+  needed = {name for name, x in fields.items() if _has_no_default(x)}
+  others = sorted((needed - record.keys()) | (record.keys() - fields.keys()))
+  if others:
+    raise errors.DataError(
+      f"what was measured before has other numbers ({', '.join(others)}) than this version of "
+      "the program measures; give --fresh to measure everything again."
+    )
   return kind(
     **{
-      name: math.nan if value is None and types.get(name) is float else tuples(value)
+      name: math.nan if value is None and fields[name].type is float else tuples(value)
       for name, value in record.items()
     }
   )
