@@ -171,7 +171,7 @@ def test_the_table_of_perplexities(environment, uninterrupted, tmp_path):
   assert by_name["sparse", "64"][3] == by_name["full", "-"][3]
   saved = tmp_path / "out" / "perplexity.json"
   assert {"versions", "device", "commit"} <= set(json.loads(saved.read_text())["environment"])
-  assert "data:image/png;base64," in (tmp_path / "out" / "report.html").read_text()
+  assert "data:image/webp;base64," in (tmp_path / "out" / "report.html").read_text()
   refused = programs.call([*command, "--kernels=strict"], environment)
   programs.assert_one_error(refused, "no GPU kernel can run full_attention.*--kernels=auto")
 

@@ -211,7 +211,7 @@ def test_lists_are_in_the_order_of_the_layers():
   lists = block_lists.choose(
     types.SimpleNamespace(
       corpus=types.SimpleNamespace(sources=[source]),
-      mesh=types.SimpleNamespace(size=1),
+      mesh=sharding.make_mesh(data=-1, fsdp=1, tensor=1),
       transformer=transformer,
       params=params,
       config=small.make_config(),
