@@ -43,7 +43,7 @@ class EvictionHead(nn.Module):
     scale_K = self.param("scale", zeros, (k,))
     kernel_KDK = kernel_KDK.astype(v_BTKD.dtype)
     if v_BTKD.shape[1] == 1:
-      # Of single tokens XLA makes one kernel; of a product, three, which copy what it takes.
+      # One kernel for single tokens; for a product XLA makes three, two of which copy operands.
       terms = v_BTKD.astype(jnp.float32)[..., None] * kernel_KDK.astype(jnp.float32)[None, None]
       x_BTK = terms.sum((2, 3))
     else:

@@ -5,7 +5,7 @@ the last few of them, means over windows of them. Each kind knows its shape, how
 prompt that has been read (`prompt.Prompt`), and what a token adds.
 
 Letters: L layers, B rows, T tokens, K key/value heads, D head size, N pages of a row, X tokens
-of a page, W windows.
+of a page or last tokens, W windows.
 """
 
 import dataclasses
@@ -82,9 +82,15 @@ class Last(Kind):
     return x_BXK.sum(1) / count
 
   def in_order(self, x_BXK: jax.Array, position_B: jax.Array) -> jax.Array:
-    """The same with the token at a position at the end."""
+    """What the last tokens have, the one at a position at the end."""
     place_BX = (position_B[:, None] + 1 + jnp.arange(self.size)[None]) % self.size
-    return x_BXK[jnp.arange(len(position_B))[:, None], place_BX]
+    # By row, as it is divided over a mesh.
+    return jax.vmap(lambda x_XK, place_X: x_XK[place_X])(x_BXK, place_BX)
+
+  def placed(self, x_LBXK: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """Tokens where they stay, of those in order, the last of each row at the end."""
+    turn = jax.vmap(lambda x_LXK, n: jnp.roll(x_LXK, n, axis=1), in_axes=(1, 0), out_axes=1)
+    return turn(x_LBXK, lengths_B % self.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +153,7 @@ class Past:
   token: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
   def of_layer(self, name: str) -> jax.Array:
-    """[B, ...]; of windows [B, W, K, ...], of last tokens the newest at the end."""
+    """[B, ...]; windows are [B, W, K, ...], and of last tokens the one added is at the end."""
     x_B, kind = self._array_of_layer(name), self.kinds[name]
     if isinstance(kind, Last):
       return kind.in_order(x_B, self.position_B)
@@ -168,7 +174,7 @@ class Past:
     )
     for name, kind in self.kinds.items():
       if isinstance(kind, Last):
-        past = past._push(name, kind, token[kind.source])
+        past = past._write_last(name, kind, token[kind.source])
     for name, kind in self.kinds.items():
       if isinstance(kind, Windows) and kind.last is not None:
         mean_BK = self.kinds[kind.last].mean_of_newest(
@@ -189,10 +195,13 @@ class Past:
     array = array.at[place].set(x_BK.astype(array.dtype), mode="drop")
     return self._with(name, array)
 
-  def _push(self, name: str, kind: Last, x_BK: jax.Array) -> "Past":
-    array, row_B = self.arrays[name], jnp.arange(len(self.position_B))
-    place = self.layer, row_B, self.position_B % kind.size
-    return self._with(name, array.at[place].set(x_BK.astype(array.dtype)))
+  def _write_last(self, name: str, kind: Last, x_BK: jax.Array) -> "Past":
+    array = self.arrays[name]
+    # By row, as it is divided over a mesh.
+    write = jax.vmap(
+      lambda x_LXK, x_K, place: x_LXK.at[self.layer, place].set(x_K), (1, 0, 0), out_axes=1
+    )
+    return self._with(name, write(array, x_BK.astype(array.dtype), self.position_B % kind.size))
 
   def _with(self, name: str, array: jax.Array) -> "Past":
     return self.replace(arrays=self.arrays | {name: array})

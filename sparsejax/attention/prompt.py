@@ -180,9 +180,7 @@ class Prompt:
     if _keeps_all(kinds, kind.source):
       return kind.fill(x_LBTK[:, :, : room.length], self.lengths_B, room)
     if isinstance(kind, pasts.Last):
-      # The newest is at the end in every row.
-      turn = jax.vmap(lambda x_LXK, n: jnp.roll(x_LXK, n, axis=1), in_axes=(1, 0), out_axes=1)
-      return turn(x_LBTK[:, :, -kind.size :], self.lengths_B % kind.size)
+      return kind.placed(x_LBTK[:, :, -kind.size :], self.lengths_B)
     windows = x_LBTK[:, :, _num_missing(kinds, kind.source) :]
     num_windows = kind.pooling.num_windows(room.length)
     return kind.fill(windows[:, :, :num_windows], self.lengths_B, room)

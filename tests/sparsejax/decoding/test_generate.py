@@ -204,3 +204,29 @@ def test_pages_that_the_host_has_no_room_for_are_refused(setting, monkeypatch):
   with pytest.raises(errors.UserError, match=message):
     caches.check_size(spec, None, limit)
   caches.check_size(spec, None, 2 * limit)
+
+
+def test_rows_stay_divided_over_devices():
+  """What a device remembers is of its own rows, those that were read as prompts and others."""
+  num_devices = len(jax.devices())
+  assert num_devices > 1
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  transformer = small.make_model(attention__method="nsa")
+  params = jax.device_put(small.make_params(transformer), sharding.replicated(mesh))
+  decoder = generation.Decoder(
+    transformer,
+    params,
+    stream="sparse",
+    mesh=mesh,
+    sampling=GREEDY,
+    seed=0,
+    num_ids=None,
+    rows=num_devices,
+    length=64,
+  )
+  decoder.begin(0, [1, 2, 3], 0)
+  nothing = np.zeros(num_devices, np.int32)
+  decoder.step(nothing, nothing, nothing)
+  for arrays, kinds in zip(decoder.cache.arrays, decoder.cache.kinds, strict=True):
+    for name in kinds.keys() - {"k", "v"}:
+      assert arrays[name].sharding.spec[1] == "data", name
