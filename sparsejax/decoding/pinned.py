@@ -6,7 +6,7 @@ is of no use to another that is larger: two arrays of 52 GiB take a region of 64
 """
 
 from collections.abc import Sequence
-import math
+import itertools
 import os
 
 import jax
@@ -39,7 +39,9 @@ def fits(sizes: Sequence[int], limit: int) -> bool:
       continue
     if size > limit - taken:
       return False
-    doubled = max(region, _FIRST_REGION * 2 ** math.ceil(math.log2(size / _FIRST_REGION)))
+    doubled = region
+    while doubled < size:
+      doubled *= 2
     own = min(doubled, limit - taken)
     taken += own
     left_over.append(own - size)
@@ -64,7 +66,7 @@ def check(sizes: Sequence[int], rows: int, limit: int | None) -> None:
     (n for n in range(rows - 1, 0, -1) if fits([x * n // rows for x in sizes], limit)), 0
   )
   fewer = f"decode {fit} rows at a time, or shorter ones" if fit else "decode shorter rows"
-  enough = next(n for n in range(-(-sum(sizes) // _GIB), sum(sizes)) if fits(sizes, n * _GIB))
+  enough = next(n for n in itertools.count(sum(sizes) // _GIB) if fits(sizes, n * _GIB))
   found = " and ".join(f"{x / _GIB:.2f}" for x in sizes)
   raise errors.UserError(
     f"a cache of {rows} rows has arrays of {found} GiB in pinned memory of the host, for which "

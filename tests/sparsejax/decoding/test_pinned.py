@@ -29,6 +29,7 @@ def gib(*numbers):
     (gib(1, 1, 1, 1), 4, True),
     (gib(5), 4, False),
     ([], 1, True),
+    (gib(0, 1), 2, True),
   ],
 )
 def test_arrays_fit_by_regions(sizes, limit, is_room):
