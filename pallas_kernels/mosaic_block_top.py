@@ -116,7 +116,8 @@ class _Search:
     """A quarter of a range, as many keys as reach its low end, and the next turn."""
     quarter = arith.shrui(arith.subi(high, low), thread.i32(2))
     quarter = arith.maxui(quarter, thread.i32(1))
-    # None beyond the high end is enough: those can be tried in vain.
+    # None beyond the high end is enough: those can be tried in vain. None wraps: at the very
+    # end of the numbers, quarters leave a range of three, never of two.
     tried, reached = [low], []
     for _ in range(3):
       tried.append(thread.add(tried[-1], quarter))

@@ -58,7 +58,10 @@ def lists(
   num_blocks: int,
   num_heads: int,
 ) -> jax.Array:
-  """See `xla_token.lists`; blocks chosen by query, and those chosen by key, ascend."""
+  """See `xla_token.lists`; what is chosen of each range, and by key, ascends."""
+  if window_score_BKW is not None and window_score_BKW.shape[2] == 0:
+    # The kernel reads a first one, whatever it counts for.
+    window_score_BKW = jnp.full((*window_score_BKW.shape[:2], 1), -jnp.inf)
   row = _Row(
     rules=rules,
     num_blocks=num_blocks,

@@ -56,9 +56,11 @@ def select_blocks_of_token(
       see `select_blocks`.
     coarse_keys_BWKD: means over the windows of the normaliser.
     window_score_BWK: with `num_by_query`, means of the scores of keys over the windows.
-    implementation: of what is left. `xla` runs anywhere. `mosaic_gpu` is one kernel on Hopper
-      GPUs; over a mesh, in `jax.shard_map(..., check_vma=False)` alone. None and `auto` take
-      the kernel where it can run, else `xla`; `strict` is the kernel or an error.
+    implementation: of what makes lists from probabilities of windows and from scores. `xla`
+      runs anywhere. `mosaic_gpu` is one kernel on Hopper GPUs; over a mesh, in
+      `jax.shard_map(..., check_vma=False)` alone. None and `auto` take the kernel where it can
+      run, else `xla`; `strict` is the kernel or an error. Lists of forced blocks alone are
+      arithmetic with positions, in XLA.
 
   Raises:
     ValueError: numbers that do not fit together, fewer windows than `num_keys` keys complete,
@@ -97,7 +99,8 @@ def select_blocks_of_token(
     window_score_BKW = window_score_BWK.transpose(0, 2, 1)
   make_lists = _IMPLEMENTATIONS[choice.backend]
   if window_BKGW is None and window_score_BKW is None:
-    make_lists = xla_token.lists  # of forced blocks
+    # Of forced blocks alone.
+    make_lists = xla_token.lists
   num_row_blocks, num_heads = -(-num_keys // block_size), window_keys_BWKD.shape[2]
   return make_lists(window_BKGW, window_score_BKW, position_B, rules, num_row_blocks, num_heads)
 
