@@ -147,7 +147,7 @@ def _measure(asked, transformer, params, mesh, context: int, recording):
   room = caches.room(transformer, batch=rows, length=length, num_slots=slots)
   caches.check_slots(transformer, stream, room, mesh)
   choices = backends.choose_decoding(
-    options, stream, room, num_heads=transformer.shape.num_attention_heads
+    options, stream, room, num_heads=transformer.shape.num_attention_heads, mesh=mesh
   )
   spec = caches.spec(transformer, stream, room)
   caches.check_size(spec, caches.free_bytes(), pinned.limit())

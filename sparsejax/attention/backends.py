@@ -4,6 +4,7 @@ Letters: B batch, T tokens, H query heads, K key/value heads, D head size, M blo
 """
 
 from collections.abc import Callable, Sequence
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +178,12 @@ class _Questions:
 
 
 def choose_decoding(
-  options: method.Options, stream: method.Stream, room: pages.Room, *, num_heads: int
+  options: method.Options,
+  stream: method.Stream,
+  room: pages.Room,
+  *,
+  num_heads: int,
+  mesh: jax.sharding.Mesh,
 ) -> list[pallas_kernels.Choice]:
   """What a model decodes on: reads of pages, how they are chosen, and moves of them.
 
@@ -186,11 +192,14 @@ def choose_decoding(
     stream: `full` or `sparse`.
     room: of the cache.
     num_heads: H.
+    mesh: over which rows are divided.
 
   Raises:
     ConfigError: for each operation that cannot run on what was asked for, why not.
   """
   b, k = room.batch, room.num_kv_heads
+  over_mesh = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  q_BHD = jax.ShapeDtypeStruct((b, num_heads, room.head_dim), room.dtype, sharding=over_mesh)
   layers = [options.of_layer(place) for place in range(len(options.pattern))]
   most = attention.most_pages(options, stream, room.length)
   remembered = [attention.remembers(own, stream, room.length) for own in layers]
@@ -204,7 +213,7 @@ def choose_decoding(
 
   def attend():
     return pallas_kernels.choose_decode_attention(
-      jax.ShapeDtypeStruct((b, num_heads, room.head_dim), room.dtype),
+      q_BHD,
       held["k"],
       held["v"],
       list_BKM,
@@ -228,26 +237,27 @@ def choose_decoding(
     )
 
   windows = [kinds.get("windows", kinds.get("windows_k")) for kinds in remembered]
-  windows = [kind.spec(room) for kind in windows if kind is not None]
+  # One answer for all layers that have as many.
+  windows = dict.fromkeys(kind.spec(room).shape for kind in windows if kind is not None)
 
-  def select():
-    # As a row of windows has it; the past keeps those of a head side by side.
-    (b, k, w, d), dtype = windows[0].shape, windows[0].dtype
+  def select(shape_BKWD: tuple[int, ...]):
+    # The past keeps those of a head side by side.
+    shape_BWKD = [shape_BKWD[axis] for axis in (0, 2, 1, 3)]
     return pallas_kernels.choose_select_blocks_of_token(
-      jax.ShapeDtypeStruct((b, num_heads, d), dtype),
-      jax.ShapeDtypeStruct((b, w, k, d), dtype),
+      q_BHD,
+      jax.ShapeDtypeStruct(shape_BWKD, room.dtype),
       num_keys=room.length,
       block_size=options.block_size,
     )
 
   asks = [attend]
-  if stream == "sparse" and windows:
-    asks.append(select)
+  if stream == "sparse":
+    asks += [functools.partial(select, shape) for shape in windows]
   if room.num_slots is not None:
     asks.append(plan)
     asks.append(lambda: move(pallas_kernels.choose_fetch_pages, most))
     asks.append(lambda: move(pallas_kernels.choose_write_pages, 1))
-  return answers([("kernels", ask) for ask in asks])
+  return list(dict.fromkeys(answers([("kernels", ask) for ask in asks])))
 
 
 def _problem(key: str, error: pallas_kernels.CannotRunError) -> str:

@@ -182,7 +182,7 @@ class Decoder:
     self.backends = [
       choice,
       *backends.choose_decoding(
-        options, stream, self._room, num_heads=shape.num_attention_heads
+        options, stream, self._room, num_heads=shape.num_attention_heads, mesh=mesh
       ),
       *prompt_backends.choose(
         options,

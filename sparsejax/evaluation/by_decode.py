@@ -17,7 +17,7 @@ from sparsejax.evaluation import token_scores
 
 
 def make_token_score(
-  transformer: model.Transformer, stream: method.Stream
+  transformer: model.Transformer, stream: method.Stream, mesh: jax.sharding.Mesh
 ) -> token_scores.Score:
   """Returns `score(params, batch) -> (nll_BT, is_hit_BT)`, as `scoring.make_token_score` does.
 
@@ -44,7 +44,7 @@ def make_token_score(
 
   def score(params, batch: data.Batch) -> tuple[jax.Array, jax.Array]:
     b, t = batch.inputs.shape
-    _check(decoder, stream, caches.room(decoder, batch=b, length=t))
+    _check(decoder, stream, caches.room(decoder, batch=b, length=t), mesh)
     params = caches.cast(decoder.shape.dtype, params)
     scores, cache = read(params, batch)
     return take(params, batch, scores, cache=cache)[0]
@@ -52,11 +52,11 @@ def make_token_score(
   return score
 
 
-def _check(decoder: model.Transformer, stream: method.Stream, room) -> None:
+def _check(decoder: model.Transformer, stream: method.Stream, room, mesh) -> None:
   """Raises for what cannot be decoded."""
   num_heads, options = decoder.shape.num_attention_heads, decoder.options
   chunk = prefill.chunk_size(options.block_size)
-  backends.choose_decoding(options, stream, room, num_heads=num_heads)
+  backends.choose_decoding(options, stream, room, num_heads=num_heads, mesh=mesh)
   prompt_backends.choose(options, stream, room, num_heads=num_heads, chunk=chunk)
   free = caches.free_bytes()
   if free is not None:

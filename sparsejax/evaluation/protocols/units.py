@@ -108,7 +108,7 @@ def _make_score(subject, mode, budget, max_documents: int, *, decode: bool):
     options=dataclasses.replace(transformer.options, max_documents=max_documents)
   )
   if decode:
-    return by_decode.make_token_score(transformer, mode)
+    return by_decode.make_token_score(transformer, mode, subject.mesh)
   return scoring.make_token_score(transformer, mode, subject.config.loss.chunk_length)
 
 

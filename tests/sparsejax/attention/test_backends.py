@@ -7,7 +7,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels.full_attention import cudnn
-from sparsejax import attention, errors
+from sparsejax import attention, errors, sharding
 from sparsejax.attention import backends
 from sparsejax.decoding import cache as caches
 from tests import small
@@ -349,11 +349,17 @@ def test_each_operation_is_told_its_own_name(stream, expected, monkeypatch):
   assert told == expected
 
 
+def decoding_choices(transformer, stream, room, num_devices=1):
+  devices = jax.devices()[:num_devices]
+  mesh = jax.make_mesh((num_devices, 1, 1), sharding.AXES, devices=devices)
+  return backends.choose_decoding(transformer.options, stream, room, num_heads=4, mesh=mesh)
+
+
 @pytest.mark.parametrize("stream", ["full", "sparse"])
 def test_decoding_says_what_it_runs_on(stream):
   transformer = small.make_model(attention__method="nosa", attention__num_blocks=4)
   room = caches.room(transformer, batch=2, length=64, num_slots=8)
-  said = backends.choose_decoding(transformer.options, stream, room, num_heads=4)
+  said = decoding_choices(transformer, stream, room)
   chosen = [("select_blocks_of_token", "xla")] if stream == "sparse" else []
   assert [(choice.op, choice.backend) for choice in said] == [
     ("decode_attention", "xla"),
@@ -363,7 +369,7 @@ def test_decoding_says_what_it_runs_on(stream):
     ("write_pages", "dma"),
   ]
   room = dataclasses.replace(room, num_slots=None)
-  said = backends.choose_decoding(transformer.options, stream, room, num_heads=4)
+  said = decoding_choices(transformer, stream, room)
   assert [(choice.op, choice.backend) for choice in said] == [
     ("decode_attention", "xla"),
     *chosen,
@@ -375,7 +381,7 @@ def test_decoding_on_kernels_alone_is_refused_without_a_gpu():
   transformer = small.make_model(**options)
   room = caches.room(transformer, batch=2, length=64, num_slots=8)
   with pytest.raises(errors.ConfigError) as caught:
-    backends.choose_decoding(transformer.options, "sparse", room, num_heads=4)
+    decoding_choices(transformer, "sparse", room)
   lines = str(caught.value).splitlines()
   for op, line in zip(("decode_attention", "fetch_pages", "write_pages"), lines, strict=True):
     assert line.startswith(f"attention.kernels='strict': no GPU kernel can run {op} (")
@@ -392,5 +398,29 @@ def test_a_hopper_decodes_on_kernels_where_it_must(monkeypatch):
   )
   transformer = small.make_model(attention__method="nosa", **options)
   room = caches.room(transformer, batch=2, length=64, num_slots=8)
-  said = backends.choose_decoding(transformer.options, "sparse", room, num_heads=4)
+  said = decoding_choices(transformer, "sparse", room)
   assert [choice.backend for choice in said] == ["mosaic_gpu"] * 5
+  # Rows that are divided over a mesh, whose pages are all on the devices.
+  options["attention__kernels"] = "auto"
+  transformer = small.make_model(attention__method="nosa", **options)
+  room = caches.room(transformer, batch=2, length=256)
+  said = decoding_choices(transformer, "sparse", room, num_devices=2)
+  assert [choice.op for choice in said] == ["decode_attention", "select_blocks_of_token"]
+  for choice in said:
+    assert choice.backend == "xla"
+    assert "needs jax.shard_map for arrays of a mesh of 2 devices" in choice.reason
+
+
+def test_decoding_says_once_what_layers_of_as_many_windows_run_on(monkeypatch):
+  monkeypatch.setattr("pallas_kernels.devices.why_not_hopper", lambda: None)
+  limit = "pallas_kernels.block_selection.mosaic_gpu_token._MOST_WINDOWS"
+  monkeypatch.setattr(limit, 20)
+
+  def choices(*methods):
+    transformer = small.make_model(attention__layer_methods=methods)
+    room = caches.room(transformer, batch=2, length=128)
+    return [x.backend for x in decoding_choices(transformer, "sparse", room)[1:]]
+
+  assert choices("moba", "moba") == ["mosaic_gpu"]
+  # 32 windows of nsa, 16 of moba.
+  assert choices("nsa", "moba") == ["xla", "mosaic_gpu"]

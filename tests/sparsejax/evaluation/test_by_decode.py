@@ -39,7 +39,8 @@ def test_every_counted_token_has_the_score_of_a_forward_pass(name, stream):
   """Rows of other lengths beside each other, read as a prompt up to where they count."""
   transformer, params = model_of(name)
   batch = make_batch()
-  score = by_decode.make_token_score(transformer, stream)
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  score = by_decode.make_token_score(transformer, stream, mesh)
   nll_BT, is_hit_BT = score(params, batch)
   wanted_BT, wanted_hit_BT = scoring.make_token_score(transformer, stream, 24)(params, batch)
   counted = batch.weights > 0
