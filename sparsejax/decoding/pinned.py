@@ -22,10 +22,20 @@ _FIRST_REGION = 2**20
 
 
 def limit() -> int | None:
-  """Bytes that the GPU's runtime hands out; None where there is no GPU."""
+  """Bytes that the GPU's runtime hands out; None where there is no GPU.
+
+  Raises:
+    UserError: the environment has a limit that is no number of GiB.
+  """
   if jax.devices()[0].platform != "gpu":
     return None
-  return int(os.environ.get(LIMIT, _USUAL_LIMIT)) * _GIB
+  given = os.environ.get(LIMIT, str(_USUAL_LIMIT))
+  if not given.isdecimal():
+    raise errors.UserError(
+      f"{LIMIT}={given!r} is no whole number of GiB; set it to one, as 110, before the program "
+      "starts."
+    )
+  return int(given) * _GIB
 
 
 def fits(sizes: Sequence[int], limit: int) -> bool:

@@ -1,5 +1,8 @@
 """Room in pinned memory, by regions; the sizes are those of runs on an H200."""
 
+import types
+
+import jax
 import pytest
 
 from sparsejax import errors
@@ -54,3 +57,10 @@ def test_a_refusal_says_how_many_rows_fit_and_which_limit_is_enough():
   pinned.check(sizes, 34, None)
   with pytest.raises(errors.UserError, match="To mend it, decode shorter rows"):
     pinned.check(sizes, 1, 64 * GIB)
+
+
+def test_a_limit_that_is_no_number_is_refused(monkeypatch):
+  monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")])
+  monkeypatch.setenv(pinned.LIMIT, "110.5")
+  with pytest.raises(errors.UserError, match=r"LIMIT_GB='110\.5' is no whole number of GiB"):
+    pinned.limit()
