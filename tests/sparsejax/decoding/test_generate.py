@@ -37,6 +37,11 @@ def generate(prompts=PROMPTS, mesh=None, **options):
   return generation.generate(transformer, params, prompts, mesh=mesh, **options)
 
 
+def make_decoder(transformer, params, mesh, **options):
+  options = dict(stream="sparse", sampling=GREEDY, seed=0, num_ids=None) | options
+  return generation.Decoder(transformer, params, mesh=mesh, **options)
+
+
 def test_greedy_texts_are_those_of_the_whole_row():
   """More prompts than rows, so that rows are used again; one program for all prompts."""
   transformer, params, _ = make()
@@ -70,18 +75,7 @@ def test_a_text_is_over_when_its_owner_says_so():
 def test_prompts_are_padded_to_few_lengths():
   """Powers of two up to a chunk; longer ones are as long as a row, by one program for all."""
   transformer, params, mesh = make()
-  decoder = generation.Decoder(
-    transformer,
-    params,
-    stream="sparse",
-    mesh=mesh,
-    sampling=GREEDY,
-    seed=0,
-    num_ids=None,
-    rows=1,
-    length=38,
-    prefill_chunk=16,
-  )
+  decoder = make_decoder(transformer, params, mesh, rows=1, length=38, prefill_chunk=16)
   read, begin = [], decoder._begin
 
   def remember(params, cache, row, padded, *rest):
@@ -213,17 +207,7 @@ def test_rows_stay_divided_over_devices():
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   transformer = small.make_model(attention__method="nsa")
   params = jax.device_put(small.make_params(transformer), sharding.replicated(mesh))
-  decoder = generation.Decoder(
-    transformer,
-    params,
-    stream="sparse",
-    mesh=mesh,
-    sampling=GREEDY,
-    seed=0,
-    num_ids=None,
-    rows=num_devices,
-    length=64,
-  )
+  decoder = make_decoder(transformer, params, mesh, rows=num_devices, length=64)
   decoder.begin(0, [1, 2, 3], 0)
   nothing = np.zeros(num_devices, np.int32)
   decoder.step(nothing, nothing, nothing)
