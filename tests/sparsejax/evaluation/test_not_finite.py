@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from sparsejax import errors, scoring
+from sparsejax import scoring
 from sparsejax.evaluation import (
   block_lists,
   compare,
@@ -192,11 +192,3 @@ def test_records_come_back_with_nan_in_the_place_of_floats():
   assert math.isnan(back.value)
   assert back.layers == (1.0, None)
   assert diagnostics.rows([back])[1] == ("gap", "nan", "1.0000", "-")
-
-
-@pytest.mark.parametrize("change", [dict(value=None), dict(error=0.1)], ids=["fewer", "more"])
-def test_what_another_version_measured_is_refused(change):
-  record = dict(name="gap", value=1.0, layers=[1.0]) | change
-  record = {name: x for name, x in record.items() if x is not None}
-  with pytest.raises(errors.DataError, match=rf"\({next(iter(change))}\).*give --fresh"):
-    plans.restore(diagnostics.Cell, record)

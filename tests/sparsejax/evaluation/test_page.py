@@ -5,8 +5,6 @@ import html.parser
 import io
 import itertools
 import json
-import math
-import pathlib
 import re
 import sys
 
@@ -20,7 +18,6 @@ from sparsejax.evaluation import (
   compare,
   curves,
   diagnostics,
-  figures,
   harness,
   locality,
   markdown,
@@ -357,24 +354,6 @@ def test_all_is_in_the_json(written):
   assert [x["taken"] for x in content["counts"]] == [3, 0]
 
 
-def test_lists_of_numbers_are_lines_and_strings_are_as_they_were():
-  value = dict(
-    numbers=[1, 2.5, math.nan, -3e-05],
-    lists=[[1, 2], [], [None, True]],
-    texts=["[\n 1,\n 2\n]", "[ 1, 2 ]"],
-    mixed=[1, "a"],
-    records=[dict(x=[1])],
-  )
-  text = plans.text(value, indent=1)
-  assert json.loads(text) == plans.as_json(value)
-  assert ' "numbers": [1, 2.5, null, -3e-05],\n' in text
-  assert ' "lists": [\n  [1, 2],\n  [],\n  [null, true]\n ],\n' in text
-  assert '   "x": [1]\n' in text
-  # What has no such list is as json has it.
-  plain = dict(a="x", b=dict(c=1.5))
-  assert plans.text(plain, indent=2) == json.dumps(plain, indent=2) + "\n"
-
-
 def test_what_tasks_left_becomes_a_report_again(written, capsys):
   out, (checkpoint, _), _ = written
   drawn = np.random.default_rng(7).integers(256, size=(5, 9, 4), dtype=np.uint8)
@@ -439,60 +418,6 @@ def test_without_matplotlib_there_is_a_report_without_pictures(tmp_path, monkeyp
   reader = read(tmp_path / "report.html")
   assert "There are no pictures: pictures need the package matplotlib" in reader.text
   assert [x for x in reader.sources if not x.startswith("#")] == []
-
-
-def test_a_text_falls_into_lines_and_tables():
-  rows = [("a", "bb"), ("-", "2"), ("", "---")]
-  text = f"before\n\n{markdown.align(rows)}\nbetween\n{markdown.align(rows[:2])}"
-  assert markdown.blocks(text) == ["before", rows, "between", rows[:2]]
-
-
-def test_lines_are_drawn_where_their_values_are(monkeypatch):
-  """A line over x in order, a level across, colours by key."""
-  seen = {}
-
-  def keep(plt, figure):
-    axis = figure.axes[0]
-    for line in axis.lines:
-      xs, ys = (np.asarray(x).tolist() for x in line.get_data())
-      seen[tuple(ys)] = (xs, line.get_color(), line.get_linestyle())
-    plt.close(figure)
-    return b""
-
-  monkeypatch.setattr(curves, "_png", keep)
-  lines = [
-    curves.Line("a, sparse", "a", (128, 64), (2.0, 3.0)),
-    curves.Line("a, full", "a", (None,), (1.5,)),
-    curves.Line("b, sparse", "b", (64,), (4.0,), (0.5,)),
-  ]
-  curves.draw({"web": lines}, x="budget", y="loss")
-  assert seen[3.0, 2.0][0] == [64, 128]
-  assert seen[1.5, 1.5][2] == ":"
-  assert seen[3.0, 2.0][1] == seen[1.5, 1.5][1] != seen[4.0,][1]
-
-
-def test_a_prefetch_of_which_nothing_is_known_is_not_drawn(monkeypatch):
-  """Of one layer, or in files of before there was such a number."""
-  drawn = []
-  monkeypatch.setattr(curves, "draw", lambda panels, **_: drawn.append(panels) or b"")
-  cell = dict(context=64, spare=0, misses=3.0, hit_rate=0.9)
-  cells = dict(
-    old=[cell],
-    one=[cell | dict(foreseen=None, moved_in_vain=None)],
-    # Nothing is missed with more slots.
-    new=[
-      cell | dict(foreseen=0.25, moved_in_vain=7.0),
-      cell | dict(spare=9, foreseen=None, moved_in_vain=5.0),
-    ],
-  )
-  shown = [figures.Shown(name, c, (), pathlib.Path(), 64) for name, c in cells.items()]
-  assert len(figures.draw("locality", shown[:2])) == 1
-  figures.draw("locality", shown)
-  label = "new, behind 64 tokens"
-  assert drawn[-1] == {
-    "share of the misses": [curves.Line(label, label, (0,), (0.25,))],
-    "in vain, at a step": [curves.Line(label, label, (0, 9), (7.0, 5.0))],
-  }
 
 
 @pytest.mark.parametrize(
