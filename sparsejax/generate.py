@@ -55,6 +55,7 @@ def run(asked: argparse.Namespace) -> int:
     offload=asked.offload,
     num_slots=asked.num_slots,
     prefill_chunk=asked.prefill_chunk,
+    prefill_stream=asked.prefill_mode,
     on_token=show,
     on_choice=lambda choice: sys.stderr.write(f"backend of {choice}\n"),
   )
@@ -135,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
   add("--offload", default="auto", help="pages in the host's memory: auto, never, always")
   add("--num_slots", type=int, help="pages per row and key head on the device, if not all")
   add("--prefill_chunk", type=int, help="tokens of a prompt read at a time; about 4096")
+  add("--prefill_mode", choices=("full", "sparse"), help="of reading the prompt, if not --mode")
   add("--kernels", choices=("auto", "strict"), help="in place of the config's")
   asked = parser.parse_args(arguments)
   return command_line.friendly(lambda _: run(asked))([])

@@ -24,8 +24,13 @@ class Full(nn.Module):
     if stream == "sparse" and self.sparse is not None:
       return self.sparse(q_BTHD, k_BTKD, v_BTKD, tokens, stream, past)
     if isinstance(past, method.Chunk):
-      past = past.add(keys=k_BTKD, values=v_BTKD)
-      return method.Attended(full_of_chunk(q_BTHD, past, self.options), jnp.float32(0), past)
+      # What is read whole, and will be decoded sparse.
+      is_scored = "key_bias" in past.arrays
+      scores = dict(key_bias=self.sparse.key_scores(v_BTKD)) if is_scored else {}
+      past = past.add(keys=k_BTKD, values=v_BTKD, **scores)
+      keys, values = past.of_layer("keys"), past.of_layer("values")
+      out_BTHD = attend_of_chunk(q_BTHD, keys, values, past.offset, self.options)
+      return method.Attended(out_BTHD, jnp.float32(0), past)
     if past is not None:
       past = past.add(keys=k_BTKD[:, 0], values=v_BTKD[:, 0])
       out_BHD, past = past.read(q_BTHD[:, 0], past.all_pages())

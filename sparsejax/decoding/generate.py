@@ -37,6 +37,7 @@ def generate(
   offload: str = "auto",
   num_slots: int | None = None,
   prefill_chunk: int | None = None,
+  prefill_stream: method.Stream | None = None,
   on_token: Callable[[int, int], None] | None = None,
   on_choice: Callable[[pallas_kernels.Choice], None] | None = None,
 ) -> list[list[int]]:
@@ -63,13 +64,14 @@ def generate(
       pages in the host's memory.
     prefill_chunk: tokens of a prompt that are read at a time, whole blocks; None is about
       4096 (see `prefill.chunk_size`).
+    prefill_stream: by which prompts are read, `full` or the one above; None is that.
     on_token: called with the number of a prompt and an id, as each is drawn.
     on_choice: called before that with where pages are, what reads and moves them, and what
       reads prompts.
 
   Raises:
-    ConfigError: a number that makes no sense, a prompt that does not fit in `length`, or
-      `attention.kernels=strict` where there is no kernel.
+    ConfigError: a number that makes no sense, a prompt that does not fit in `length`, streams
+      that do not go together, or `attention.kernels=strict` where there is no kernel.
     DataError: a prompt that is empty or has ids that the model does not know.
     UserError: the cache does not fit in the memory of the device, or of the host.
   """
@@ -90,6 +92,7 @@ def generate(
     offload=offload,
     num_slots=num_slots,
     prefill_chunk=prefill_chunk,
+    prefill_stream=prefill_stream,
   )
   for choice in decoder.backends if on_choice is not None else ():
     on_choice(choice)
@@ -151,10 +154,13 @@ class Decoder:
     offload: str = "auto",
     num_slots: int | None = None,
     prefill_chunk: int | None = None,
+    prefill_stream: method.Stream | None = None,
   ):
     """Makes an empty cache; see `generate` for arguments and errors."""
     self._transformer = caches.for_decoding(transformer)
     self._stream, self._mesh = stream, mesh
+    self._prefill_stream = prefill_stream or stream
+    prefill.check_stream(self._transformer.options, stream, self._prefill_stream)
     # What devices divide among themselves is whole rows for each.
     self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = -(-rows // self._devices) * self._devices
@@ -186,7 +192,7 @@ class Decoder:
       ),
       *prompt_backends.choose(
         options,
-        stream,
+        self._prefill_stream,
         self._room,
         num_heads=shape.num_attention_heads,
         chunk=self._chunk,
@@ -249,6 +255,7 @@ class Decoder:
       stream=self._stream,
       room=dataclasses.replace(self._room, batch=len(ids_BT)),
       chunk=self._chunk,
+      prefill_stream=self._prefill_stream,
     )
     (token,) = self._draw(logits_BV[:1], number[None], jnp.zeros(1, jnp.int32))
     return token, cache.with_row(row, filled)

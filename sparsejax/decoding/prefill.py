@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sparsejax import errors, model
+from sparsejax import attention, errors, model
 from sparsejax.attention import method, pages, prompt
 from sparsejax.attention.past import Cache
 from sparsejax.decoding import cache as caches
@@ -34,6 +34,29 @@ def chunk_size(block_size: int, asked: int | None = None) -> int:
       f"{chunk_size(block_size)}."
     )
   return asked
+
+
+def check_stream(
+  options: method.Options, stream: method.Stream, prefill_stream: method.Stream
+) -> None:
+  """Checks that prompts can be read by one stream and continued by another.
+
+  Raises:
+    ConfigError: they cannot: what the one leaves is not what the other needs.
+  """
+  if prefill_stream == stream:
+    return
+  if prefill_stream != "full" or stream != "sparse":
+    raise errors.ConfigError(
+      f"prompts that are read {prefill_stream} are continued {prefill_stream}, not {stream}; "
+      "read them full to continue them sparse, or both alike."
+    )
+  layers = [options.of_layer(place) for place in range(len(options.pattern))]
+  if any(own.method == "full" and attention.sparse_name(own) == "nsa" for own in layers):
+    raise errors.ConfigError(
+      "attention.method='full' has no keys of NSA's branches, which attention.sparse_method="
+      "'nsa' would read of a prompt; read it sparse, too, or continue it full."
+    )
 
 
 def num_bytes(
@@ -72,6 +95,7 @@ def prefill(
   stream: method.Stream,
   room: pages.Room,
   chunk: int | None = None,
+  prefill_stream: method.Stream | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Reads prompts, and remembers them.
 
@@ -85,17 +109,22 @@ def prefill(
     params: its parameters.
     ids_BT: prompts from the left; behind a row's length, any ids.
     lengths_B: tokens of each, at least 1 and at most T.
-    stream: `full` or `sparse`.
+    stream: of the cache, `full` or `sparse`.
     room: for at least as many tokens a row as the longest has.
     chunk: tokens that are read at a time, see `chunk_size`; shorter prompts are one chunk.
+    prefill_stream: by which prompts are read; None is the cache's. `full` where that is
+      `sparse` is the dense prefill that sparse decoding is often judged with (NOSA's tables
+      have either, arXiv:2510.13602).
 
   Returns:
     Logits of the next token of each row [B, V], float32, and the cache, all of it on the
     device.
 
   Raises:
-    ConfigError: a chunk that is no number of whole blocks.
+    ConfigError: a chunk that is no number of whole blocks, or see `check_stream`.
   """
+  prefill_stream = prefill_stream or stream
+  check_stream(transformer.options, stream, prefill_stream)
   block, t = transformer.options.block_size, ids_BT.shape[1]
   size = min(chunk_size(block, chunk), -(-t // block) * block)
   # Where pages will lie is no matter to what is read.
@@ -114,7 +143,7 @@ def prefill(
       ids_BC,
       positions_BC,
       jnp.ones_like(ids_BC),
-      stream=stream,
+      stream=prefill_stream,
       cache=read.replace(offset=offset),
     )
     # What a chunk leaves is overwritten by the next, until the row has ended.

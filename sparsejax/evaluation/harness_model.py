@@ -26,6 +26,7 @@ from sparsejax import errors, model
 from sparsejax.attention import method
 from sparsejax.configuration import build
 from sparsejax.data import tokenizers
+from sparsejax.decoding import prefill
 from sparsejax.evaluation import continuations, generation_settings, plans, stop_strings
 from sparsejax.evaluation import subject as subjects
 
@@ -61,6 +62,7 @@ class Model(harness_api.TemplateLM):
     max_length: int,
     chunk_length: int,
     rows: int = 8,
+    prefill_stream: method.Stream | None = None,
     add_bos: bool | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -75,6 +77,8 @@ class Model(harness_api.TemplateLM):
       max_length: tokens the model reads at a time; contexts lose their beginning to fit.
       chunk_length: positions of each row whose logits exist at the same time.
       rows: of `max_length` tokens that are scored, or decoded, together.
+      prefill_stream: by which contexts of texts to write are read; None is `stream`, by which
+        probabilities of given continuations are found in any case.
       add_bos: whether contexts begin with the tokenizer's `bos`, as documents do in training;
         None: if it has one. Texts of rolling perplexity follow it once in any case, or `eos`
         where there is none.
@@ -84,6 +88,8 @@ class Model(harness_api.TemplateLM):
     super().__init__()
     self._transformer, self._params, self._tokens = transformer, params, tokenizer
     self._stream, self._mesh, self._rows = stream, mesh, rows
+    self._prefill_stream = prefill_stream or stream
+    prefill.check_stream(transformer.options, stream, self._prefill_stream)
     self.seed, self._progress = seed, progress
     self._add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos
     if self._add_bos and tokenizer.bos_id is None:
@@ -184,6 +190,7 @@ class Model(harness_api.TemplateLM):
       draw=settings.draw,
       seed=self.seed,
       rows=self._rows,
+      prefill_stream=self._prefill_stream,
     )
 
 

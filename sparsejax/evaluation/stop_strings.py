@@ -24,6 +24,7 @@ def continue_until(
   draw: sampling.Sampling,
   seed: int = 0,
   rows: int = 8,
+  prefill_stream: method.Stream | None = None,
 ) -> list[str]:
   """Returns the text behind each prompt, up to the first stop string and without it.
 
@@ -40,9 +41,10 @@ def continue_until(
     draw: how ids are drawn.
     seed: of the draws.
     rows: prompts that are decoded together.
+    prefill_stream: by which prompts are read; None is `stream`.
 
   Raises:
-    ConfigError: `max_new_tokens` leaves no room for a prompt.
+    ConfigError: `max_new_tokens` leaves no room for a prompt, or streams do not go together.
   """
   room = room_for_prompts(max_new_tokens, max_length)
   stops = [stop for stop in stops if stop]
@@ -64,6 +66,7 @@ def continue_until(
     stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
     is_over=is_over if stops else None,
     rows=rows,
+    prefill_stream=prefill_stream,
   )
   return [cut(tokenizer.decode(ids), stops) for ids in texts]
 

@@ -189,6 +189,12 @@ def test_text_from_a_checkpoint(environment, uninterrupted, tmp_path):
   two = programs.call([*command, "--num_texts=2", "--prefill_chunk=8"], environment)
   # Greedy texts are all the same.
   assert two.stdout == f"--- text 0\n{one.stdout}--- text 1\n{one.stdout}"
+  # A prompt within the budget is the same read either way.
+  mixed = programs.call([*command, "--mode=sparse", "--prefill_mode=full"], environment)
+  assert mixed.stdout == one.stdout
+  assert "backend of chunk_attention: xla (" in mixed.stderr
+  wrong = programs.call([*command, "--mode=full", "--prefill_mode=sparse"], environment)
+  programs.assert_one_error(wrong, "read sparse are continued sparse, not full")
   refused = programs.call([*command, "--budget=4"], environment)
   programs.assert_one_error(refused, "a budget of 4 keys is 0 blocks of 8.*take at least 8")
 

@@ -266,6 +266,20 @@ def test_texts_are_generated_under_the_stream_that_is_asked_for():
   assert full[0] != sparse[0]
 
 
+def test_contexts_of_texts_may_be_read_full():
+  """Which does not touch the probabilities of continuations that are given."""
+  asked = requests("generate_until", (TEXT, dict(max_gen_toks=16)))
+  given = requests("loglikelihood", (TEXT, "The hill"))
+  options = dict(stream="sparse", max_length=272)
+  sparse, read_full = (
+    make_adapter(prefill_stream=stream, **options) for stream in (None, "full")
+  )
+  assert read_full.generate_until(asked) != sparse.generate_until(asked)
+  assert read_full.loglikelihood(given) == sparse.loglikelihood(given)
+  with pytest.raises(errors.ConfigError, match="read sparse are continued sparse, not full"):
+    make_adapter(stream="full", prefill_stream="sparse")
+
+
 def test_a_text_stops_before_it_is_as_long_as_it_may_be(monkeypatch):
   """What is behind a stop string is not generated."""
   adapter = make_adapter(max_length=256)
