@@ -1,4 +1,4 @@
-"""Evaluates checkpoints.
+r"""Evaluates checkpoints.
 
   python eval.py --workdir=runs/smoke
   python eval.py --workdir=runs/smoke --modes=full,sparse --budgets=32,64,128

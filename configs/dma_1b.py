@@ -1,4 +1,4 @@
-"""DMA, 1B, its long stage at NOSA's budget: 17 of 64 blocks forced, 47 by scores of keys.
+r"""DMA, 1B, its long stage at NOSA's budget: 17 of 64 blocks forced, 47 by scores of keys.
 
   python train.py --config=configs/dma_1b.py --workdir=runs/dma_1b \
     --config.train.init_from=runs/full_1b

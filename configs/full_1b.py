@@ -1,4 +1,4 @@
-"""Full attention, 1B: the dense baseline of SSA's Table 1 (arXiv:2511.20102).
+r"""Full attention, 1B: the dense baseline of SSA's Table 1 (arXiv:2511.20102).
 
   python train.py --config=configs/full_1b.py --workdir=runs/full_1b
 

@@ -1,4 +1,4 @@
-"""Full attention, 20M: the dense baseline of the small comparison.
+r"""Full attention, 20M: the dense baseline of the small comparison.
 
   python -m sparsejax.data.prepare .venv/lib/python3.12/site-packages --out=data/python \
     --extensions=.py --on_bad_utf8=skip --tokenizer=train:8192

@@ -1,4 +1,4 @@
-"""InfLLM-V2, 1B, its long stage at NOSA's budget: 1 initial, 16 local, 47 others of 64 blocks.
+r"""InfLLM-V2, 1B, its long stage at NOSA's budget: 1 initial, 16 local, 47 others of 64 blocks.
 
   python train.py --config=configs/infllmv2_1b.py --workdir=runs/infllmv2_1b \
     --config.train.init_from=runs/full_1b

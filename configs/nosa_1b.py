@@ -1,4 +1,4 @@
-"""NOSA, 1B, its long stage: rows of 16k, from a model that full attention trained.
+r"""NOSA, 1B, its long stage: rows of 16k, from a model that full attention trained.
 
   python train.py --config=configs/full_1b.py --workdir=runs/full_1b
   python train.py --config=configs/nosa_1b.py --workdir=runs/nosa_1b \

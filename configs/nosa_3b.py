@@ -1,4 +1,4 @@
-"""NOSA, 3B, its long stage: nosa_1b.py in the shape of Llama 3.2 3B with 2 key/value heads.
+r"""NOSA, 3B, its long stage: nosa_1b.py in the shape of Llama 3.2 3B with 2 key/value heads.
 
   python train.py --config=configs/nosa_3b.py --workdir=runs/nosa_3b --config.mesh.fsdp=8 \
     --config.mesh.data=1 --config.train.init_from=...

@@ -1,4 +1,4 @@
-"""NOSA, 8B, its long stage: nosa_1b.py with 32 layers of 4096, 32 heads over 2 of 128.
+r"""NOSA, 8B, its long stage: nosa_1b.py with 32 layers of 4096, 32 heads over 2 of 128.
 
   python train.py --config=configs/nosa_8b.py --workdir=runs/nosa_8b --config.mesh.fsdp=8 \
     --config.mesh.data=1 --config.train.init_from=...

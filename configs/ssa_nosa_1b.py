@@ -1,4 +1,4 @@
-"""SSA over NOSA, 1B: NOSA's long stage with both streams and the loss that aligns them.
+r"""SSA over NOSA, 1B: NOSA's long stage with both streams and the loss that aligns them.
 
   python train.py --config=configs/ssa_nosa_1b.py --workdir=runs/ssa_nosa_1b \
     --config.train.init_from=runs/full_1b

@@ -1,4 +1,4 @@
-"""How fast models of a shape decode, without a checkpoint: weights and caches are random.
+r"""How fast models of a shape decode, without a checkpoint: weights and caches are random.
 
   python -m sparsejax.decode_shapes --config=configs/nosa_8b.py \
     --methods=full,infllmv2,nosa --contexts=16384,65536 --kv_gib=4 --spare=16 \

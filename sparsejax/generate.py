@@ -1,13 +1,14 @@
-"""Continues a prompt with a trained model, as it is drawn.
+r"""Continues a prompt with a trained model, as it is drawn.
 
   python -m sparsejax.generate --workdir=runs/smoke --prompt="def main("
   python -m sparsejax.generate --workdir=runs/a --prompt_file=start.txt --mode=sparse \
     --budget=256 --temperature=0.7 --top_p=0.9 --num_texts=4
 
-In a notebook: `sparsejax.decoding.generate.generate`.
+In a notebook: see `sparsejax.decoding.generate`.
 """
 
 import argparse
+import os
 import pathlib
 import sys
 import time
@@ -15,60 +16,85 @@ import time
 from configs import base
 from sparsejax import command_line, errors
 from sparsejax.configuration import build
-from sparsejax.decoding import generate, sampling
+from sparsejax.decoding import cache as caches
+from sparsejax.decoding import checks, generate, sampling
 from sparsejax.evaluation import subject as subjects
 
 
 def run(asked: argparse.Namespace) -> int:
   """Does what was asked; returns the exit status."""
-  if asked.num_texts < 1:
-    raise errors.ConfigError(f"--num_texts={asked.num_texts} must be at least 1.")
+  checks.whole("--num_texts", asked.num_texts, least=1)
   how = sampling.Sampling(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p)
   text = _prompt(asked)
   budgets = () if asked.budget is None else (asked.budget,)
-  subject = subjects.load(
+  described = subjects.describe(
     asked.workdir, base.get_config(), step=asked.step, kernels=asked.kernels, budgets=budgets
   )
-  transformer = subject.transformer
+  transformer = described.transformer
+  mode = asked.mode or transformer.options.home_stream
+  if mode == "full" and budgets:
+    raise errors.ConfigError(
+      f"--budget={asked.budget} is of sparse inference, and this is full; take --mode=sparse, "
+      "or leave it out."
+    )
   for budget in budgets:
     transformer = build.with_budget(transformer, budget)
-  tokenizer = subject.corpus.tokenizer
+  tokenizer = described.corpus.tokenizer
   opened = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   prompt = opened + tokenizer.encode(text)
   if not prompt:
     raise errors.ConfigError(
       "the tokenizer has no token that opens a document; name a --prompt to begin with."
     )
-  show = Stream(tokenizer, text) if asked.num_texts == 1 else None
+  longest = checks.check_prompts(
+    [prompt],
+    max_new_tokens=asked.max_new_tokens,
+    length=None,
+    vocab_size=transformer.shape.vocab_size,
+  )
+  settings = dict(
+    stream=mode,
+    prefill_stream=asked.prefill_mode,
+    mesh=described.mesh,
+    seed=asked.seed,
+    num_ids=tokenizer.vocab_size,
+    rows=asked.rows,
+    length=longest + asked.max_new_tokens,
+    offload=asked.offload,
+    num_slots=asked.num_slots,
+    prefill_chunk=asked.prefill_chunk,
+  )
+  checks.check_settings(transformer, **settings)
+  trained = described.config.data.sequence_length
+  if settings["length"] > trained:
+    sys.stderr.write(
+      f"note: {settings['length']} tokens are more than the {trained} of a row in training\n"
+    )
+  subject = subjects.with_params(described)
+  stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+  if asked.num_texts == 1:
+    show = Stream(tokenizer, text)
+  else:
+    show = Texts(tokenizer, text, stop_ids, asked.max_new_tokens)
   began = time.perf_counter()
   texts = generate.generate(
     transformer,
     subject.params,
     [prompt] * asked.num_texts,
     max_new_tokens=asked.max_new_tokens,
-    stream=asked.mode or transformer.options.home_stream,
-    mesh=subject.mesh,
     sampling=how,
-    seed=asked.seed,
-    num_ids=tokenizer.vocab_size,
-    stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-    offload=asked.offload,
-    num_slots=asked.num_slots,
-    prefill_chunk=asked.prefill_chunk,
-    prefill_stream=asked.prefill_mode,
+    stop_ids=stop_ids,
     on_token=show,
     on_choice=lambda choice: sys.stderr.write(f"backend of {choice}\n"),
+    **settings,
   )
   seconds = time.perf_counter() - began
-  if show is None:
-    for number, ids in enumerate(texts):
-      sys.stdout.write(f"--- text {number}\n{text}{tokenizer.decode(ids)}\n")
-  else:
-    show.end()
+  show.end()
   num_tokens = sum(map(len, texts))
+  budget = f" at {transformer.options.budget} keys" if mode == "sparse" else ""
   sys.stderr.write(
     f"{num_tokens} tokens in {seconds:.1f} s, compilation included; step {subject.step} of "
-    f"{asked.workdir}\n"
+    f"{asked.workdir}, {mode}{budget}, seed {asked.seed}\n"
   )
   return 0
 
@@ -100,13 +126,37 @@ class Stream:
     sys.stdout.flush()
 
 
+class Texts:
+  """Writes every text as it ends."""
+
+  def __init__(self, tokenizer, prompt: str, stop_ids, max_new_tokens: int):
+    self._tokenizer, self._prompt = tokenizer, prompt
+    self._stop_ids, self._max_new_tokens = stop_ids, max_new_tokens
+    self._ids = {}
+
+  def __call__(self, number: int, token: int) -> None:
+    ids = self._ids.setdefault(number, [])
+    ids.append(token)
+    if token in self._stop_ids or len(ids) == self._max_new_tokens:
+      text = self._tokenizer.decode(self._ids.pop(number))
+      sys.stdout.write(f"--- text {number}\n{self._prompt}{text}\n")
+      sys.stdout.flush()
+
+  def end(self) -> None:
+    """Nothing is left to write."""
+
+
 def _prompt(asked: argparse.Namespace) -> str:
   if asked.prompt_file is None:
-    return asked.prompt or ""
+    text = asked.prompt or ""
+    if any("\ud800" <= x <= "\udfff" for x in text):
+      raise errors.DataError("--prompt is not UTF-8; give such text in a --prompt_file.")
+    return text
   if asked.prompt is not None:
     raise errors.ConfigError("--prompt and --prompt_file are two prompts; give one.")
   try:
-    return pathlib.Path(asked.prompt_file).read_text(encoding="utf-8")
+    # As it is: ends of lines are part of a prompt.
+    return pathlib.Path(asked.prompt_file).read_bytes().decode("utf-8")
   except (OSError, UnicodeDecodeError) as error:
     raise errors.DataError(
       f"--prompt_file={asked.prompt_file} cannot be read: {error}"
@@ -127,19 +177,28 @@ def main(arguments: list[str] | None = None) -> int:
   add("--prompt_file", help="a file with that text")
   add("--max_new_tokens", type=int, default=256, help="after which a text ends (256)")
   add("--num_texts", type=int, default=1, help="how many; one is shown as it is drawn")
+  add("--rows", type=int, default=8, help="texts that are drawn at the same time (8)")
   add("--mode", choices=("full", "sparse"), help="of inference; as trained if not given")
   add("--budget", type=int, help="keys a token reads when sparse; as trained if not given")
   add("--temperature", type=float, default=0.8, help="divides the logits; 0 is greedy (0.8)")
   add("--top_k", type=int, default=0, help="draws from so many ids at most; 0 is all")
   add("--top_p", type=float, default=1.0, help="draws from the likeliest of that probability")
   add("--seed", type=int, default=0, help="of the draws")
-  add("--offload", default="auto", help="pages in the host's memory: auto, never, always")
+  add("--offload", choices=caches.OFFLOAD, default="auto", help="pages in the host's memory")
   add("--num_slots", type=int, help="pages per row and key head on the device, if not all")
   add("--prefill_chunk", type=int, help="tokens of a prompt read at a time; about 4096")
   add("--prefill_mode", choices=("full", "sparse"), help="of reading the prompt, if not --mode")
   add("--kernels", choices=("auto", "strict"), help="in place of the config's")
   asked = parser.parse_args(arguments)
-  return command_line.friendly(lambda _: run(asked))([])
+  try:
+    return command_line.friendly(lambda _: run(asked))([])
+  except KeyboardInterrupt:
+    sys.stderr.write("\ninterrupted\n")
+    return 130
+  except BrokenPipeError:
+    # Whoever read has seen enough; nor is there anyone to whom Python could flush the rest.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Place:
     room: of the cache.
     layer: number in its stack.
     position_B: of the token in each row.
-    step: tokens that the cache has taken in all, for the order in which slots were wanted.
+    step: larger at every read of pages, for the order in which slots were wanted.
   """
 
   room: Room

@@ -234,7 +234,9 @@ class Past:
     """Attention [B, H, D] to the last tokens, the one at hand among them."""
     size, heads = self.room.page_size, self.room.num_kv_heads
     own_B1 = (self.position_B // size)[:, None]
-    pages_BM = own_B1 - jnp.arange(num_pages_of_window(window, size))[None]
+    # A row may be shorter than the window.
+    number = min(num_pages_of_window(window, size), self.room.num_pages)
+    pages_BM = own_B1 - jnp.arange(number)[None]
     pages_BKM = jnp.repeat(pages_BM[:, None], heads, axis=1)
     return self.read(q_BHD, pages_BKM, window=window)
 

@@ -1,4 +1,4 @@
-"""Turns text into shards of token ids.
+r"""Turns text into shards of token ids.
 
   python -m sparsejax.data.prepare corpus.jsonl.zst more/*.parquet src/ --out=data/mine \
     --tokenizer=train:8192

@@ -86,30 +86,27 @@ def place(
     room: for all pages on the device.
     offload: `never` and `always` put pages in the host's memory or not; `auto` does where
       `num_slots` is given, or where they do not fit on the device.
-    num_slots: see `pages.Room`; None is what a token reads and `SPARE_SLOTS` more.
+    num_slots: see `pages.Room`; None is what a token reads and `SPARE_SLOTS` more. A row has
+      no more than it has pages.
     limit: free bytes of the device; None where that is not known.
     num_devices: of which only one alone has pages in the host's memory by itself.
 
   Raises:
     ConfigError: no such `offload`, or slots of pages that are on the device.
   """
-  if offload not in OFFLOAD:
-    raise errors.ConfigError(errors.one_of("offload", offload, OFFLOAD))
-  if offload == "never" and num_slots is not None:
-    raise errors.ConfigError(
-      f"num_slots={num_slots} is of pages in the host's memory, and offload='never' keeps them "
-      "on the device; leave out either."
-    )
+  check_offload(offload, num_slots)
   needed = num_bytes(spec(transformer, stream, room))
   fits = limit is None or needed <= limit
-  size = f"a cache of {needed / 2**30:.2f} GiB"
+  size = f"a cache of {in_words(needed)}"
   if offload == "never" or (offload == "auto" and num_slots is None and fits):
     reason = f"{size} fits there" if offload == "auto" else "offload=never"
+    if offload == "auto" and limit is None:
+      reason = f"{size}; how much fits there is not known"
     return room, pallas_kernels.Choice("pages", "device", reason)
   if offload == "auto" and num_slots is None and num_devices > 1:
     return room, pallas_kernels.Choice("pages", "device", "the host's memory is of one device")
   most = attention.most_pages(transformer.options, stream, room.length)
-  slots = min(most + SPARE_SLOTS, room.num_pages) if num_slots is None else num_slots
+  slots = min(most + SPARE_SLOTS if num_slots is None else num_slots, room.num_pages)
   reason = f"{slots} slots of {room.num_pages} pages are on the device; "
   reason += f"{size} does not fit there" if num_slots is None and not fits else "asked for"
   return dataclasses.replace(room, num_slots=slots), pallas_kernels.Choice(
@@ -155,8 +152,34 @@ def _sizes(spec: Cache, *, is_host: bool) -> list[int]:
   ]
 
 
+def in_words(num_bytes: float) -> str:
+  """In the largest unit of which there is one."""
+  for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+    if num_bytes >= 2**power:
+      return f"{num_bytes / 2**power:.2f} {unit}"
+  return f"{num_bytes:.0f} bytes"
+
+
 def make(spec: Cache) -> Cache:
-  """An empty cache; outside of `jax.jit`. Pages in the host's memory hold anything."""
+  """An empty cache; outside of `jax.jit`. Pages in the host's memory hold anything.
+
+  Raises:
+    UserError: there is no memory for it, where nobody could say so before.
+  """
+  try:
+    return _make(spec)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    rows = spec.lengths_B.shape[0]
+    raise errors.UserError(
+      f"there is no memory for a cache of {rows} rows, which takes {in_words(num_bytes(spec))} "
+      f"on the device and {in_words(num_bytes(spec, is_host=True))} on the host; decode fewer "
+      "rows at a time, or shorter ones."
+    ) from error
+
+
+def _make(spec: Cache) -> Cache:
 
   def empty(x: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(x.shape, x.dtype) if x.sharding is None else _allocate(x)
@@ -181,6 +204,21 @@ def _allocate(x: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, first, 0, axis=0)
 
   return make()
+
+
+def check_offload(offload: str, num_slots: int | None) -> None:
+  """Checks that there is such an `offload`, and no slots of pages that are on the device.
+
+  Raises:
+    ConfigError: there is not, or there are.
+  """
+  if offload not in OFFLOAD:
+    raise errors.ConfigError(errors.one_of("offload", str(offload), OFFLOAD))
+  if offload == "never" and num_slots is not None:
+    raise errors.ConfigError(
+      f"num_slots={num_slots} is of pages in the host's memory, and offload='never' keeps them "
+      "on the device; leave out either."
+    )
 
 
 def check_slots(
@@ -224,8 +262,8 @@ def check_size(spec: Cache, limit: int | None, host_limit: int | None) -> None:
   if limit is not None and needed > limit:
     fit = max(1, rows * limit // needed)
     raise errors.UserError(
-      f"a cache of {rows} rows takes {needed / 2**30:.2f} GiB and the device has "
-      f"{limit / 2**30:.2f} GiB free; decode {fit} rows at a time, or shorter ones."
+      f"a cache of {rows} rows takes {in_words(needed)} and the device has "
+      f"{in_words(limit)} free; decode {fit} rows at a time, or shorter ones."
     )
   pinned.check(_sizes(spec, is_host=True), rows, host_limit)
 

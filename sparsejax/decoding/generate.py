@@ -1,5 +1,16 @@
 """Continues prompts with a cache: many rows at a time, and new prompts in place of ended ones.
 
+With a checkpoint, as in a notebook:
+
+  found = subject.load("runs/smoke", base.get_config())  # sparsejax.evaluation, configs
+  tokenizer = found.corpus.tokenizer
+  prompts = [[tokenizer.bos_id, *tokenizer.encode("def main(")]]
+  texts = generate(
+    found.transformer, found.params, prompts, max_new_tokens=64, stream="sparse",
+    mesh=found.mesh, num_ids=tokenizer.vocab_size, stop_ids=(tokenizer.eos_id,),
+  )
+  print(tokenizer.decode(texts[0]))
+
 Letters: B rows, T tokens, V vocabulary.
 """
 
@@ -12,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from sparsejax import errors, model, sharding
+from sparsejax import model, sharding
 from sparsejax.attention import backends, method, past, prompt_backends
 from sparsejax.decoding import cache as caches
-from sparsejax.decoding import pinned, prefill
+from sparsejax.decoding import checks, pinned, prefill
 from sparsejax.decoding import sampling as samplings
 
 
@@ -72,11 +83,17 @@ def generate(
   Raises:
     ConfigError: a number that makes no sense, a prompt that does not fit in `length`, streams
       that do not go together, or `attention.kernels=strict` where there is no kernel.
-    DataError: a prompt that is empty or has ids that the model does not know.
+    DataError: a prompt that is empty, is no list of ids, or has one the model does not know.
     UserError: the cache does not fit in the memory of the device, or of the host.
   """
-  longest = _check(prompts, max_new_tokens, rows, length, transformer.shape.vocab_size)
-  if not prompts:
+  longest = checks.check_prompts(
+    prompts,
+    max_new_tokens=max_new_tokens,
+    length=length,
+    vocab_size=transformer.shape.vocab_size,
+  )
+  checks.whole("rows", rows, least=1)
+  if not len(prompts):
     return []
   rows = min(rows, len(prompts))
   decoder = Decoder(
@@ -157,10 +174,22 @@ class Decoder:
     prefill_stream: method.Stream | None = None,
   ):
     """Makes an empty cache; see `generate` for arguments and errors."""
+    checks.check_settings(
+      transformer,
+      stream=stream,
+      prefill_stream=prefill_stream,
+      mesh=mesh,
+      seed=seed,
+      num_ids=num_ids,
+      rows=rows,
+      length=length,
+      offload=offload,
+      num_slots=num_slots,
+      prefill_chunk=prefill_chunk,
+    )
     self._transformer = caches.for_decoding(transformer)
     self._stream, self._mesh = stream, mesh
     self._prefill_stream = prefill_stream or stream
-    prefill.check_stream(self._transformer.options, stream, self._prefill_stream)
     # What devices divide among themselves is whole rows for each.
     self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = -(-rows // self._devices) * self._devices
@@ -269,24 +298,3 @@ class Decoder:
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     keys_B = jax.vmap(jax.random.fold_in)(fold(self._key, numbers_B), places_B)
     return self._draw_with(logits_BV, keys_B)
-
-
-def _check(prompts, max_new_tokens: int, rows: int, length: int | None, vocab_size: int) -> int:
-  """Length of the longest prompt."""
-  if max_new_tokens < 1 or rows < 1:
-    raise errors.ConfigError(f"{max_new_tokens=} and {rows=} must be at least 1.")
-  for number, prompt in enumerate(prompts):
-    if not len(prompt):
-      raise errors.DataError(f"prompt {number} is empty; begin it with one id at least.")
-    wrong = [i for i in prompt if not 0 <= i < vocab_size]
-    if wrong:
-      raise errors.DataError(
-        f"prompt {number} has the id {wrong[0]}; the model knows 0 to {vocab_size - 1}. Encode "
-        "it with the model's own tokenizer."
-      )
-    if length is not None and len(prompt) + max_new_tokens > length:
-      raise errors.ConfigError(
-        f"prompt {number} has {len(prompt)} ids and {max_new_tokens=}, together more than the "
-        f"{length=} of a row; shorten either, or raise length."
-      )
-  return max(map(len, prompts), default=0)

@@ -16,6 +16,8 @@ from sparsejax.decoding import cache as caches
 
 # Tokens of a chunk: enough to keep a GPU busy with one row.
 USUAL_CHUNK = 4096
+# Of inference.
+STREAMS = ("full", "sparse")
 
 
 def chunk_size(block_size: int, asked: int | None = None) -> int:
@@ -42,8 +44,11 @@ def check_stream(
   """Checks that prompts can be read by one stream and continued by another.
 
   Raises:
-    ConfigError: they cannot: what the one leaves is not what the other needs.
+    ConfigError: there is no such stream, or what the one leaves is not what the other needs.
   """
+  for name, given in (("stream", stream), ("prefill_stream", prefill_stream)):
+    if given not in STREAMS:
+      raise errors.ConfigError(errors.one_of(name, str(given), STREAMS))
   if prefill_stream == stream:
     return
   if prefill_stream != "full" or stream != "sparse":

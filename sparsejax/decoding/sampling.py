@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax import errors
 
@@ -38,7 +39,8 @@ class Sampling:
         f"temperature={self.temperature} is neither 0 nor a number from {COLDEST} up; take 0 "
         "for the most likely id, or 1 for the model's own distribution."
       )
-    if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
+    is_whole = isinstance(self.top_k, int | np.integer) and not isinstance(self.top_k, bool)
+    if not is_whole or self.top_k < 0:
       raise errors.ConfigError(
         f"top_k={self.top_k!r} is not a whole number from 0 up; take 0 to draw from all ids."
       )

@@ -87,8 +87,8 @@ def rows_within(
   each = caches.num_bytes(caches.spec(transformer, stream, room))
   if each > kv_bytes:
     raise errors.ConfigError(
-      f"a row of {length} tokens takes {each / 2**30:.2f} GiB on the device, more than the "
-      f"{kv_bytes / 2**30:.2f} GiB that were given; give more, or take shorter contexts."
+      f"a row of {length} tokens takes {caches.in_words(each)} on the device, more than the "
+      f"{caches.in_words(kv_bytes)} that were given; give more, or take shorter contexts."
     )
   return kv_bytes // each
 

@@ -1,4 +1,4 @@
-"""Sets runs side by side: their curves as pictures, their tables and speed as JSON.
+r"""Sets runs side by side: their curves as pictures, their tables and speed as JSON.
 
   python -m sparsejax.evaluation.report runs/full_20m runs/moba_20m runs/ssa_20m \
     --out=results/20m

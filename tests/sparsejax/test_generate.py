@@ -1,8 +1,13 @@
-"""What the program that continues prompts says to a mistake, before it loads anything."""
+"""The program that continues prompts: what it asks for, shows, and says to a mistake."""
+
+import types
 
 import pytest
 
-from sparsejax import generate
+from sparsejax import generate, sharding
+from sparsejax.data import tokenizers
+from sparsejax.decoding import sampling
+from tests import small
 
 
 @pytest.mark.parametrize(
@@ -11,6 +16,7 @@ from sparsejax import generate
     (["--prompt=a", "--prompt_file=b"], "--prompt and --prompt_file are two prompts; give one"),
     (["--prompt_file=no/such/file"], "--prompt_file=no/such/file cannot be read"),
     (["--num_texts=0"], "--num_texts=0 must be at least 1"),
+    (["--prompt=ab\udcff"], "--prompt is not UTF-8; give such text in a --prompt_file"),
     (["--top_p=2"], "top_p=2.0 is not above 0 and at most 1"),
     ([], "no/such/run holds no checkpoint"),
   ],
@@ -40,3 +46,109 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole(capsys):
   show(0, 0xE2)
   show.end()
   assert capsys.readouterr().out == "\ufffd\n"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """What is asked of the library, of a checkpoint whose weights nobody reads."""
+  config = small.make_config(attention__method="ssa")
+  found = types.SimpleNamespace(
+    config=config,
+    transformer=small.make_model(attention__method="ssa"),
+    corpus=types.SimpleNamespace(tokenizer=tokenizers.ByteTokenizer()),
+    mesh=sharding.make_mesh(data=-1, fsdp=1, tensor=1),
+    params="weights",
+    step=7,
+  )
+  calls = []
+
+  def answer(transformer, params, prompts, **options):
+    calls.append(dict(transformer=transformer, params=params, prompts=prompts) | options)
+    for number in range(len(prompts)):
+      for token in b"xyz"[: 3 - number]:
+        options["on_token"](number, token)
+      if number:
+        options["on_token"](number, options["stop_ids"][0])
+    return [[]] * len(prompts)
+
+  monkeypatch.setattr(generate.subjects, "describe", lambda *args, **kwargs: found)
+  monkeypatch.setattr(generate.subjects, "with_params", lambda subject: subject)
+  monkeypatch.setattr(generate.generate, "generate", answer)
+  return calls
+
+
+def test_what_is_asked_for_reaches_the_library(asked, tmp_path):
+  path = tmp_path / "start.txt"
+  path.write_bytes(b"a\r\nb")
+  flags = dict(mode="sparse", budget=8, temperature=0.5, top_k=3, top_p=0.75, seed=5, rows=2)
+  flags |= dict(max_new_tokens=3, num_texts=3, prefill_chunk=16, prefill_mode="full")
+  flags |= dict(offload="never", prompt_file=path)
+  arguments = [f"--{name}={value}" for name, value in flags.items()]
+  assert generate.main(["--workdir=run", *arguments]) == 0
+  (call,) = asked
+  # Ends of lines are those of the file.
+  bos = tokenizers.ByteTokenizer().bos_id
+  assert call["prompts"] == [[bos, *b"a\r\nb"]] * 3
+  assert call["sampling"] == sampling.Sampling(temperature=0.5, top_k=3, top_p=0.75)
+  assert call["transformer"].options.budget == 8
+  assert call["stop_ids"] == (tokenizers.ByteTokenizer().eos_id,)
+  assert call["num_ids"] == tokenizers.ByteTokenizer().vocab_size
+  expected = dict(stream="sparse", seed=5, rows=2, max_new_tokens=3, prefill_chunk=16)
+  expected |= dict(prefill_stream="full", offload="never", num_slots=None, params="weights")
+  assert {name: call[name] for name in expected} == expected
+
+
+def test_what_is_not_asked_for_is_as_trained(asked):
+  assert generate.main(["--workdir=run", "--prompt=a"]) == 0
+  (call,) = asked
+  assert call["sampling"] == sampling.Sampling(temperature=0.8)
+  assert call["transformer"].options.budget == 24
+  expected = dict(stream="sparse", prefill_stream=None, offload="auto", seed=0)
+  assert {name: call[name] for name in expected} == expected
+
+
+def test_texts_are_shown_as_they_end(asked, capsys):
+  """By their number of tokens, or by what ends them."""
+  arguments = ["--workdir=run", "--prompt=a", "--num_texts=2", "--max_new_tokens=3"]
+  assert generate.main(arguments) == 0
+  shown = capsys.readouterr()
+  assert shown.out == "--- text 0\naxyz\n--- text 1\naxy\n"
+  assert "step 7 of run, sparse at 24 keys, seed 0\n" in shown.err
+  assert "note:" not in shown.err
+  generate.main([*arguments[:2], "--max_new_tokens=70"])
+  assert (
+    "note: 72 tokens are more than the 64 of a row in training\n" in capsys.readouterr().err
+  )
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--mode=full", "--budget=8"], "--budget=8 is of sparse inference, and this is full"),
+    (["--max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
+    (["--rows=0"], "rows=0 must be at least 1"),
+    (["--seed=4294967296"], "seed=4294967296 must be at most 4294967295"),
+    (["--prefill_chunk=17"], "prefill_chunk=17 is not a multiple of the 8 tokens"),
+    (["--offload=never", "--num_slots=4"], "num_slots=4 is of pages in the host's memory"),
+    (["--mode=full", "--prefill_mode=sparse"], "read sparse are continued sparse, not full"),
+  ],
+)
+def test_a_mistake_is_refused_before_weights_are_read(
+  arguments, message, asked, capsys, monkeypatch
+):
+  monkeypatch.setattr(generate.subjects, "with_params", None)
+  assert generate.main(["--workdir=run", "--prompt=a", *arguments]) == 2
+  assert message in capsys.readouterr().err
+  assert not asked
+
+
+@pytest.mark.parametrize(
+  ("error", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)]
+)
+def test_who_stops_reading_gets_no_traceback(error, status, monkeypatch, asked):
+  def stop(*args, **kwargs):
+    raise error
+
+  monkeypatch.setattr(generate.generate, "generate", stop)
+  monkeypatch.setattr(generate.os, "dup2", lambda *args: None)
+  assert generate.main(["--workdir=run", "--prompt=a"]) == status

@@ -14,6 +14,7 @@ from sparsejax.decoding import generate as generation
 from sparsejax.decoding import pinned, prefill
 from sparsejax.decoding import sampling as samplings
 from tests import small
+from tests.sparsejax.decoding.models import model_of
 
 PROMPTS = [[5, 6, 7], [9] * 13, list(range(20, 28)), [1]]
 GREEDY = samplings.Sampling(temperature=0)
@@ -129,6 +130,32 @@ def test_pages_on_the_host_change_no_text():
   assert generate(mesh=one_device(), max_new_tokens=12, num_slots=3) == texts
 
 
+@pytest.mark.parametrize("name", ["sliding_window", "nsa_shared"])
+def test_windows_may_be_longer_than_rows(name):
+  """12 tokens, of which no row has more than one page."""
+  transformer, params = model_of(name)
+  texts = [
+    generation.generate(
+      transformer,
+      params,
+      [[5, 6, 7]],
+      max_new_tokens=5,
+      stream="sparse",
+      mesh=one_device(),
+      sampling=GREEDY,
+      offload=offload,
+    )
+    for offload in ("never", "always")
+  ]
+  assert texts[0] == texts[1]
+
+
+def test_what_is_wrong_is_said_before_weights_are_touched():
+  transformer, _, mesh = make()
+  with pytest.raises(errors.ConfigError, match="num_slots=2 is less than the 3 pages"):
+    make_decoder(transformer, None, mesh, rows=1, length=40, num_slots=2)
+
+
 def test_no_prompt_no_text():
   assert generate([]) == []
 
@@ -140,8 +167,20 @@ def test_no_prompt_no_text():
     ([[1, 999]], {}, "prompt 0 has the id 999; the model knows 0 to 319. Encode it with"),
     ([[1, -1]], {}, "prompt 0 has the id -1; the model knows 0 to 319"),
     ([[1] * 9], dict(length=14), "prompt 0 has 9 ids and max_new_tokens=6, together more than"),
-    ([[1]], dict(max_new_tokens=0), "max_new_tokens=0 and rows=2 must be at least 1"),
-    ([[1]], dict(rows=0), "max_new_tokens=6 and rows=0 must be at least 1"),
+    ([1, 2], {}, "prompt 0 is no list of ids, which are whole numbers: '1'. .* a list of one"),
+    (["abc"], {}, "prompt 0 is no list of ids, which are whole numbers: 'abc'"),
+    ([[1], [2.5]], {}, "prompt 1 is no list of ids, which are whole numbers"),
+    ([[1]], dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+    ([[1]], dict(max_new_tokens=2.5), "max_new_tokens=2.5 is not a whole number"),
+    ([[1]], dict(rows=0), "rows=0 must be at least 1"),
+    ([[1]], dict(seed=2**32), "seed=4294967296 must be at most 4294967295"),
+    ([[1]], dict(seed=-1), "seed=-1 must be at least 0"),
+    ([[1]], dict(num_ids=0), "num_ids=0 must be at least 1"),
+    ([[1]], dict(num_ids=321), "num_ids=321 must be at most 320"),
+    ([[1]], dict(stream="Full"), "unknown stream 'Full'.* There are: full, sparse"),
+    ([[1]], dict(prefill_stream="dense"), "unknown prefill_stream 'dense'"),
+    ([[1]], dict(offload="sometimes"), "unknown offload 'sometimes'"),
+    ([[1]], dict(prefill_chunk=16.0), "prefill_chunk=16.0 is not a whole number"),
     ([[1] * 40], dict(num_slots=2), "num_slots=2 is less than the 3 pages of 8 tokens that a"),
     ([[1]], dict(num_slots=9), "num_slots=9 puts pages in the host's memory, which takes one"),
     ([[1] * 40], dict(num_slots=5, stream="full"), "num_slots=5 is less than the 6 pages"),
@@ -158,7 +197,7 @@ def test_what_cannot_be_continued_is_refused(prompts, options, message):
 def test_a_cache_that_does_not_fit_is_refused_before_anything_runs(monkeypatch):
   monkeypatch.setattr("sparsejax.decoding.cache.free_bytes", lambda: 100_000)
   with pytest.raises(
-    errors.UserError, match=r"a cache of 8 rows takes 0\.\d\d GiB and the device has 0\.00 GiB"
+    errors.UserError, match=r"a cache of 8 rows takes \d\.\d\d MiB and the device has 0 bytes"
   ):
     generate(length=512)
 

@@ -96,5 +96,5 @@ def test_perplexity_by_decoding_is_that_of_a_forward_pass(subject, tmp_path):
 
 def test_a_cache_that_does_not_fit_is_refused(subject, tmp_path, monkeypatch):
   monkeypatch.setattr(caches, "free_bytes", lambda: 1000)
-  with pytest.raises(errors.UserError, match=r"a cache of 8 rows takes .* GiB and the device"):
+  with pytest.raises(errors.UserError, match=r"a cache of 8 rows takes .* and the device"):
     ask(subject, tmp_path, decode=True, modes=("full",))
