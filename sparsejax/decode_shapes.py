@@ -181,7 +181,7 @@ def _recordings(text: str) -> dict[str, pathlib.Path]:
   found = {}
   for part in filter(None, text.split(",")):
     name, _, path = part.partition("=")
-    if not pathlib.Path(path).is_dir():
+    if not path or not pathlib.Path(path).is_dir():
       raise errors.DataError(f"--lists={part} names no directory with CONTEXT.npy in it.")
     found[name] = pathlib.Path(path)
   return found

@@ -165,14 +165,19 @@ def _by_spare_slots(
 ) -> Iterable[Figure]:
   panels: dict[str, list[curves.Line]] = {}
   for x in shown:
-    for context in dict.fromkeys(cell["context"] for cell in x.cells):
-      label = _join(x.name, f"behind {context:,d} tokens")
+    # No budget is in older files.
+    places = dict.fromkeys((cell["context"], cell.get("budget")) for cell in x.cells)
+    budgets = {budget for _, budget in places}
+    for context, budget in places:
+      own = f"{budget} keys" if len(budgets) > 1 else ""
+      label = _join(x.name, own, f"behind {context:,d} tokens")
       for name, title in titles.items():
         points = [
           (cell["spare"], cell[name])
           for cell in x.cells
           # Nothing is said of a prefetch where there is one layer, or in older files.
-          if cell["context"] == context and cell.get(name) is not None
+          if (cell["context"], cell.get("budget")) == (context, budget)
+          and cell.get(name) is not None
         ]
         if points:
           line = curves.Line(label, label, *zip(*points, strict=True))
@@ -259,8 +264,8 @@ def _way(mode: str, budget: int | None) -> str:
   return mode if budget is None else f"{mode} {budget}"
 
 
-def _join(name: str, text: str) -> str:
-  return f"{name}, {text}" if name else text
+def _join(*parts: str) -> str:
+  return ", ".join(filter(None, parts))
 
 
 _FIGURES = {

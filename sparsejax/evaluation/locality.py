@@ -33,8 +33,11 @@ class Cell:
 
   Attributes:
     context: tokens before the first step.
+    budget: keys that a token reads.
     spare: slots beyond the M of a list; 0 is an exact fit.
-    misses: blocks to load per step, layer and key head, the mean once slots are full.
+    misses: blocks of a list that are in no slot, per step, layer and key head, the mean once
+      slots are full. The block that begins with a step's token is one of them, for which
+      decoding loads nothing: in every block's first step.
     most_misses: the most that any step of any layer, row and head has.
     hit_rate: of the blocks that are listed, those that are in a slot.
     foreseen: of the misses, those in the list of the layer before. The first layer has none
@@ -49,6 +52,7 @@ class Cell:
   """
 
   context: int
+  budget: int
   spare: int
   misses: float
   most_misses: int
@@ -146,6 +150,7 @@ def run(
     cells.append(
       Cell(
         context=context,
+        budget=options.budget,
         spare=extra,
         misses=float(late.misses.mean()),
         most_misses=int(late.misses.max()),
@@ -184,7 +189,7 @@ def _count(lists_SLBKM, num_slots: int) -> _Counts:
     plan = pallas_kernels.plan_slots(
       held,
       list_QM,
-      # No page of these has only begun: all that are not in a slot are loaded.
+      # No page has only begun, as the theorem has it: all that are in no slot are counted.
       own_Q=zero_Q,
       is_new_Q=zero_Q > 0,
       first_row=0,
@@ -228,7 +233,7 @@ def most_new(options: method.Options) -> int | None:
 def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
   """Rows of a table, the header first."""
   header = (
-    *("context", "spare slots", "misses", "most", "bound", "hit rate"),
+    *("context", "budget", "spare slots", "misses", "most", "bound", "hit rate"),
     *("foreseen", "moved in vain", "gamma", "least gamma"),
   )
   return [
@@ -236,6 +241,7 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
     *(
       (
         f"{cell.context:,d}",
+        str(cell.budget),
         str(cell.spare),
         f"{cell.misses:.2f}",
         str(cell.most_misses),

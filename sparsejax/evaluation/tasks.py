@@ -1,12 +1,14 @@
 """The tasks of eval.py: what each asks of a checkpoint, and how it shows the answer."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
 
 from sparsejax import errors
-from sparsejax.configuration import checks
+from sparsejax.configuration import build, checks
 from sparsejax.evaluation import (
   block_lists,
   decode_timing,
@@ -137,6 +139,14 @@ def _diagnostics(subject, request: requests.Request, out):
   return plans.Plan((unit,), tell)
 
 
+def _with_budget(subject, budget: int | None):
+  """The same, read by so many keys when sparse; None is as trained."""
+  if budget is None:
+    return subject
+  transformer = build.with_budget(subject.transformer, budget)
+  return dataclasses.replace(subject, transformer=transformer)
+
+
 def locality_contexts(subject, request: requests.Request) -> tuple[int, ...]:
   """Tokens before the steps of locality."""
   return request.lengths or (subject.config.data.sequence_length // 2,)
@@ -145,11 +155,12 @@ def locality_contexts(subject, request: requests.Request) -> tuple[int, ...]:
 def _locality(subject, request: requests.Request, out):
   spare, num_rows = request.spare or (0, 16, 32, 64), request.max_rows or 1
 
-  def measure(subject, *, context: int, name: str):
+  def measure(subject, *, context: int, budget: int | None, name: str):
+    subject = _with_budget(subject, budget)
     lists_SLBKM = locality.record(
       subject, context, num_rows=num_rows, num_steps=request.num_steps
     )
-    (out / "lists").mkdir(parents=True, exist_ok=True)
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
     np.save(out / name, lists_SLBKM)
     return locality.run(subject.transformer.options, lists_SLBKM, context, spare)
 
@@ -158,20 +169,24 @@ def _locality(subject, request: requests.Request, out):
     return plans.Told(cells, markdown.align(locality.rows(cells)))
 
   units = []
-  for context in locality_contexts(subject, request):
-    locality.check(subject, context, num_rows=num_rows, num_steps=request.num_steps)
-    name = f"lists/{context}.npy"
+  asked = itertools.product(request.budgets or (None,), locality_contexts(subject, request))
+  for budget, context in asked:
+    given = _with_budget(subject, budget)
+    locality.check(given, context, num_rows=num_rows, num_steps=request.num_steps)
+    folder = "lists" if budget is None else f"lists_{budget}"
+    name = f"{folder}/{context}.npy"
     units.append(
       plans.Unit(
         key=dict(
           task="locality",
           data=subject.corpus.fingerprint,
+          budget=budget,
           length=context,
           num_rows=num_rows,
           num_steps=request.num_steps,
           spare=spare,
         ),
-        measure=functools.partial(measure, context=context, name=name),
+        measure=functools.partial(measure, context=context, budget=budget, name=name),
         files=(name,),
       )
     )
@@ -179,17 +194,22 @@ def _locality(subject, request: requests.Request, out):
 
 
 def _throughput(subject, request: requests.Request, out):
-  asked = dict(
-    num_rows=request.batch_size or _ROWS,
-    kv_gib=request.kv_gib,
-    spare=request.spare,
-    num_steps=request.num_steps,
+  devices, num_steps = jax.devices(), request.num_steps
+  asked = list(
+    throughput.cells_asked(
+      request.modes,
+      request.budgets,
+      request.lengths or (subject.config.data.sequence_length // 2,),
+      request.kv_gib,
+      request.spare,
+      request.batch_size or _ROWS,
+    )
   )
-  devices = jax.devices()
+  for cell in asked:
+    throughput.check(subject, cell, num_steps)
 
-  def measure(subject, *, mode: str, budget: int | None, length: int):
-    budgets = () if budget is None else (budget,)
-    return throughput.run(subject, modes=(mode,), budgets=budgets, lengths=(length,), **asked)
+  def measure(subject, *, cell: throughput.Asked):
+    return [throughput.measure(subject, cell, num_steps)]
 
   def tell(values):
     cells = _cells(values, decode_timing.Cell)
@@ -207,16 +227,17 @@ def _throughput(subject, request: requests.Request, out):
         task="throughput",
         data=subject.corpus.fingerprint,
         device=f"{len(devices)} x {devices[0].device_kind}",
-        mode=mode,
-        budget=budget,
-        length=length,
-        **asked,
+        mode=cell.mode,
+        budget=cell.budget,
+        length=cell.context,
+        spare=cell.spare,
+        kv_gib=cell.kv_gib,
+        num_rows=cell.num_rows,
+        num_steps=num_steps,
       ),
-      measure=functools.partial(measure, mode=mode, budget=budget, length=length),
+      measure=functools.partial(measure, cell=cell),
     )
-    for mode in request.modes
-    for budget in ((request.budgets or (None,)) if mode == "sparse" else (None,))
-    for length in request.lengths or (subject.config.data.sequence_length // 2,)
+    for cell in asked
   )
   return plans.Plan(units, tell)
 

@@ -1,7 +1,8 @@
 """How fast a checkpoint decodes behind contexts of held-out text, all rows different."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 
@@ -46,28 +47,92 @@ def run(
     DataError: too little held-out text.
     UserError: a cache is larger than memory.
   """
-  cells = []
+  asked = list(cells_asked(modes, budgets, lengths, kv_gib, spare, num_rows))
+  for cell in asked:
+    check(subject, cell, num_steps)
+  return [measure(subject, cell, num_steps) for cell in asked]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+  """What a cell is to be of.
+
+  Attributes:
+    mode: of inference.
+    budget: keys a token reads when sparse; None is that of training, or full inference.
+    context: tokens before the first step.
+    spare: slots beyond those that a token reads; None is all pages on the device.
+    kv_gib: of caches on the device, which give the number of rows; None is `num_rows`.
+    num_rows: that are decoded together, where `kv_gib` is None.
+  """
+
+  mode: method.Stream
+  budget: int | None
+  context: int
+  spare: int | None
+  kv_gib: float | None
+  num_rows: int
+
+
+def cells_asked(
+  modes: Sequence[method.Stream],
+  budgets: Sequence[int],
+  lengths: Sequence[int],
+  kv_gib: Sequence[float],
+  spare: Sequence[int],
+  num_rows: int,
+) -> Iterator[Asked]:
+  """The cells of `run`, in their order."""
   for mode in modes:
     is_sparse = mode == "sparse"
-    for budget in (budgets or [None]) if is_sparse else [None]:
-      transformer = subject.transformer
-      if budget is not None:
-        transformer = build.with_budget(transformer, budget)
-      for context in lengths:
-        length = context + WARM_STEPS + num_steps
-        offloaded = [
-          decode_timing.num_slots(transformer, length, x) for x in spare if is_sparse
-        ]
-        for slots in (None, *offloaded):
-          counts = [
-            decode_timing.rows_within(transformer, mode, length, slots, int(size * 2**30))
-            for size in kv_gib
-          ]
-          for count in counts or [num_rows]:
-            cells.append(
-              _after_text(subject, transformer, mode, context, count, slots, num_steps)
-            )
-  return cells
+    for budget, context, extra, size in itertools.product(
+      (budgets or (None,)) if is_sparse else (None,),
+      lengths,
+      (None, *spare) if is_sparse else (None,),
+      kv_gib or (None,),
+    ):
+      yield Asked(
+        mode=mode,
+        budget=budget,
+        context=context,
+        spare=extra,
+        kv_gib=size,
+        num_rows=num_rows,
+      )
+
+
+def check(subject: subjects.Subject, asked: Asked, num_steps: int) -> None:
+  """Refuses what cannot be measured; parameters may be shapes alone.
+
+  Raises:
+    ConfigError: not a row fits in `kv_gib`.
+    DataError: too little held-out text.
+  """
+  _, count, _ = _sizes(subject, asked, num_steps)
+  # Devices that share rows may have some that nobody asked for.
+  devices = subject.mesh.shape["data"] * subject.mesh.shape["fsdp"]
+  contexts.rows(subject, -(-count // devices) * devices, asked.context)
+
+
+def _sizes(subject: subjects.Subject, asked: Asked, num_steps: int):
+  """The model, how many rows, and slots, if pages lie on the host."""
+  transformer = subject.transformer
+  if asked.budget is not None:
+    transformer = build.with_budget(transformer, asked.budget)
+  length, slots = asked.context + WARM_STEPS + num_steps, None
+  if asked.spare is not None:
+    slots = decode_timing.num_slots(transformer, length, asked.spare)
+  count = asked.num_rows
+  if asked.kv_gib is not None:
+    kv_bytes = int(asked.kv_gib * 2**30)
+    count = decode_timing.rows_within(transformer, asked.mode, length, slots, kv_bytes)
+  return transformer, count, slots
+
+
+def measure(subject: subjects.Subject, asked: Asked, num_steps: int) -> Cell:
+  """One cell; see `run`."""
+  transformer, count, slots = _sizes(subject, asked, num_steps)
+  return _after_text(subject, transformer, asked.mode, asked.context, count, slots, num_steps)
 
 
 def _after_text(
@@ -92,7 +157,6 @@ def _after_text(
     offload="never" if slots is None else "always",
     num_slots=slots,
   )
-  # Devices that share rows may have some that nobody asked for.
   texts = contexts.rows(subject, len(decoder.cache.lengths_B), context)
   first = [decoder.begin(row, text.tolist(), row) for row, text in enumerate(texts)]
   cell, _ = decode_timing.measure(

@@ -1,17 +1,20 @@
 """What a cache of blocks has to load, counted by hand, and lists recorded from a model."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from sparsejax import errors
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import prefill
 from sparsejax.diagnostics import seen
-from sparsejax.evaluation import contexts, locality
+from sparsejax.evaluation import contexts, locality, table
+from sparsejax.evaluation import request as requests
 from tests.sparsejax.evaluation import nosa as checkpoint
 
 CONTEXT, STEPS = 45, 6
@@ -116,3 +119,17 @@ def test_rows_of_text_go_on_where_the_one_before_ended(nosa):
   (whole,) = contexts.rows(nosa, 1, 150)
   parts = contexts.rows(nosa, 3, 50)
   np.testing.assert_array_equal(parts.reshape(-1), whole)
+
+
+def test_every_budget_has_lists_of_its_own(tmp_path):
+  checkpoint.save(tmp_path / "run")
+  request = requests.Request(
+    path=tmp_path / "run", tasks=("locality",), budgets=(24, 40), num_steps=8, spare=(0,)
+  )
+  _, out = table.run(request, base.get_config())
+  cells = json.loads((out / "locality.json").read_text())["cells"]
+  assert [cell["budget"] for cell in cells] == [24, 40]
+  assert len({cell["misses"] for cell in cells}) == 2
+  for budget in (24, 40):
+    (path,) = (out / f"lists_{budget}").glob("*.npy")
+    assert np.load(path).shape[-1] == budget // 8

@@ -103,6 +103,7 @@ def make_cells(kinds):
       [
         locality.Cell(
           context=64,
+          budget=32,
           spare=spare,
           misses=take(),
           most_misses=3,

@@ -178,13 +178,68 @@ def test_a_request_leaves_a_table_json_and_a_picture(workdir, tmp_path):
 
 def test_without_matplotlib_the_table_is_kept_and_it_is_said(workdir, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "matplotlib", None)
-  monkeypatch.setattr(throughput, "run", lambda *_, **__: [])
   request = requests.Request(
-    path=workdir, tasks=("throughput",), lengths=(CONTEXT,), out=tmp_path
+    path=workdir,
+    tasks=("throughput",),
+    modes=("full",),
+    lengths=(CONTEXT,),
+    num_steps=2,
+    batch_size=1,
+    out=tmp_path,
   )
   text, _ = table.run(request, base.get_config())
   assert "no picture: pictures need the package matplotlib; install sparsejax[eval]." in text
-  assert json.loads((tmp_path / "throughput.json").read_text())["cells"] == []
+  (cell,) = json.loads((tmp_path / "throughput.json").read_text())["cells"]
+  assert (cell["mode"], cell["context"]) == ("full", CONTEXT)
+
+
+@pytest.mark.parametrize(
+  ("kv_gib", "message"),
+  [
+    ((0.001, 10.0), r"rows of 20 tokens are more than the \d+ tokens of the validation split"),
+    ((0.001, 1e-6), "a row of 60 tokens takes .*, more than the 1.05 KiB that were given"),
+  ],
+)
+def test_what_one_cell_cannot_have_is_refused_before_any_is_measured(
+  kv_gib, message, workdir, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(subjects.checkpoint, "load_params", None)
+  request = requests.Request(
+    path=workdir,
+    tasks=("throughput",),
+    lengths=(CONTEXT,),
+    num_steps=60 - CONTEXT - WARM,
+    kv_gib=kv_gib,
+    out=tmp_path,
+  )
+  with pytest.raises(errors.UserError, match=message):
+    table.run(request, base.get_config())
+
+
+def test_every_cell_is_kept_by_itself(workdir, tmp_path, monkeypatch):
+  """What was measured before one failed is not measured again."""
+  asked, measure = [], throughput.measure
+
+  def fail_later(subject, cell, num_steps):
+    asked.append(cell.num_rows if cell.kv_gib is None else cell.kv_gib)
+    if len(asked) == 2:
+      raise errors.UserError("the device is gone")
+    return measure(subject, cell, num_steps)
+
+  monkeypatch.setattr(throughput, "measure", fail_later)
+  request = requests.Request(
+    path=workdir,
+    tasks=("throughput",),
+    modes=("full",),
+    lengths=(CONTEXT,),
+    num_steps=2,
+    kv_gib=(0.0001, 0.0002),
+    out=tmp_path,
+  )
+  with pytest.raises(errors.UserError, match="the device is gone"):
+    table.run(request, base.get_config())
+  table.run(request, base.get_config())
+  assert asked == [0.0001, 0.0002, 0.0002]
 
 
 def test_pages_of_the_host_are_refused_over_several_devices(workdir):
@@ -217,6 +272,7 @@ def test_shapes_are_decoded_without_a_checkpoint(tmp_path, capsys, monkeypatch):
     (["--contexts=0", "--rows=1"], "--contexts takes whole numbers from 1 up; '0' is none"),
     ([], "give either --kv_gib or --rows"),
     (["--rows=1", "--kv_gib=1"], "give either --kv_gib or --rows"),
+    (["--rows=1", "--lists=nosa="], "--lists=nosa= names no directory"),
     (["--rows=1", "--lists=nosa=/nowhere"], "--lists=nosa=/nowhere names no directory"),
     (["--rows=1", "--methods=nose"], "nose"),
     (["--rows=0"], "--rows=0 must be at least 1"),
