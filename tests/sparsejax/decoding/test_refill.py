@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsejax import attention
 from sparsejax.attention import past
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import prefill
@@ -60,3 +61,25 @@ def test_a_sequence_knows_nothing_of_the_one_before_it_in_its_row(name):
   assert num_compared == sum(
     min(given, ROOM - prompt) for prompt, given in zip(PROMPTS, GIVEN, strict=True)
   )
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_a_row_that_is_full_leaves_the_others_alone(where):
+  """The last row ends in the last page of all, to which a row before it could count back."""
+  transformer, params = model_of("nosa")
+  most = attention.most_pages(transformer.options, "sparse", ROOM)
+  num_slots = None if where == "device" else most
+  room = caches.room(transformer, batch=ROWS, length=ROOM, num_slots=num_slots)
+  alone = dataclasses.replace(room, batch=1)
+  ids = np.random.default_rng(0).integers(0, 256, (ROWS, ROOM)).astype(np.int32)
+  expected = at_once(transformer, params, jnp.asarray(ids), "sparse")[-1]
+  cache = caches.make(caches.spec(transformer, "sparse", room))
+  read = jax.jit(functools.partial(prefill.prefill, transformer, stream="sparse", room=alone))
+  lengths = ROOM, ROOM - SIZE + 3
+  for row, length in enumerate(lengths):
+    _, filled = read(params, ids[row : row + 1], jnp.array([length]))
+    cache = jax.jit(past.Cache.with_row)(cache, row, filled)
+  step = jax.jit(functools.partial(caches.step, transformer, stream="sparse"))
+  for length in range(lengths[-1], ROOM):
+    logits, cache = step(params, cache, jnp.array([0, ids[-1, length]]))
+    np.testing.assert_allclose(logits[-1], expected[length], rtol=2e-3, atol=2e-3)
