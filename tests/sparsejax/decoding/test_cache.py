@@ -77,6 +77,31 @@ def rms(x):
   return np.sqrt(np.mean(np.square(x)))
 
 
+def test_nothing_in_a_decoding_model_is_for_training():
+  transformer = small.make_model(max_documents=4, model__remat="full")
+  decoding = caches.for_decoding(transformer)
+  assert (decoding.shape.remat, decoding.options.max_documents) == ("none", 1)
+  changed = dict(remat="none"), dict(max_documents=1)
+  for name, changes in zip(("shape", "options"), changed, strict=True):
+    assert getattr(decoding, name) == dataclasses.replace(getattr(transformer, name), **changes)
+
+
+def test_scales_are_not_rounded():
+  """Those of norms and of eviction heads, which multiply in float32; matrices are."""
+  _, params = model_of("nosa")
+  cast = caches.cast("bfloat16", params)
+  scales = set()
+  leaves = map(jax.tree.leaves_with_path, (params, cast))
+  for (path, before), (_, after) in zip(*leaves, strict=True):
+    if path[-1].key == "scale":
+      scales.add(path[-2].key)
+      assert after.dtype == "float32", path
+      np.testing.assert_array_equal(after, before)
+    else:
+      assert after.dtype == "bfloat16", path
+  assert scales > {"norm", "head"}
+
+
 def test_rows_that_are_still_short_are_read_whole():
   """With one layer, whose keys do not depend on what was read before."""
   dense, ids = 30, tokens()
@@ -152,3 +177,44 @@ def test_pages_on_the_host_give_the_same_bits(name):
       np.testing.assert_array_equal(k[:, row, :, :whole], wanted[:, row, :, :whole])
     assert (arrays["slots/misses"] > 0).all()
     assert (arrays["slots/hits"] > arrays["slots/misses"]).all()
+
+
+def test_pages_that_begin_are_fetched_from_nowhere():
+  """With slots for all pages, those that prompts began are fetched, each once; no other is."""
+  transformer, params = model_of("sliding_window")
+  num_pages = -(-LENGTH // SIZE)
+  room = caches.room(transformer, batch=len(PROMPTS), length=LENGTH, num_slots=num_pages)
+  spec = caches.spec(transformer, "sparse", room)
+  cache = caches.make(spec).replace(lengths_B=jnp.asarray(PROMPTS, jnp.int32))
+  step = jax.jit(functools.partial(caches.step, transformer, stream="sparse"))
+  for _ in range(LENGTH - PROMPTS.max()):
+    _, cache = step(params, cache, jnp.zeros(len(PROMPTS), jnp.int32))
+  # A window of 12 lies in three pages of 8 at most, that of the token among them.
+  begun_B, first_B = -(-PROMPTS // SIZE), np.maximum(PROMPTS // SIZE - 2, 0)
+  misses_LBK = np.asarray(cache.arrays[0]["slots/misses"])
+  expected_LBK = np.broadcast_to((begun_B - first_B)[None, :, None], misses_LBK.shape)
+  np.testing.assert_array_equal(misses_LBK, expected_LBK)
+
+
+def test_slots_go_by_when_pages_were_wanted_though_a_step_has_two_lists():
+  """What the second list of a step wanted is older than what the first of the next wants."""
+  transformer = caches.for_decoding(small.make_model(attention__method="full"))
+  room = caches.room(transformer, batch=1, length=64, num_slots=3)
+  cache = caches.make(caches.spec(transformer, "full", room))
+  # All tokens are in the last of eight pages.
+  cache = cache.replace(lengths_B=jnp.array([60]))
+  heads, size = room.num_kv_heads, room.head_dim
+
+  @jax.jit
+  def take(cache, lists):
+    (past,) = cache.pasts()
+    token = jnp.ones((1, heads, size))
+    past = past.replace(arrays=cache.arrays[0]).add(keys=token, values=token)
+    for pages_M in lists:
+      pages_BKM = jnp.broadcast_to(pages_M, (1, heads, len(pages_M)))
+      _, past = past.read(jnp.ones((1, heads, size)), pages_BKM)
+    return cache.after((past.arrays,))
+
+  cache = take(cache, jnp.array([[7, 0], [7, 1]]))
+  cache = take(cache, jnp.array([[7, 0], [7, 2]]))
+  np.testing.assert_array_equal(cache.arrays[0]["slots/page"][0, 0, 0], [7, 0, 2])
