@@ -111,6 +111,22 @@ def test_steps_continue_the_text(workdir):
     np.testing.assert_allclose(k[:, :, : len(ids)], expected[:, :, : len(ids)], atol=2e-4)
 
 
+def test_no_row_is_full_while_it_is_timed(workdir, monkeypatch):
+  """Rows that are full take no token: what is timed would not be decoding."""
+  lengths, measure = [], decode_timing.measure
+
+  def remember(*args, **options):
+    cell, cache = measure(*args, **options)
+    lengths.append((int(cache.lengths_B.max()), cache.room.length))
+    return cell, cache
+
+  monkeypatch.setattr(decode_timing, "measure", remember)
+  # The context ends with a page, and either kind of steps alone within the next one.
+  options = dict(modes=("full",), lengths=(24,), num_rows=1, num_steps=6)
+  throughput.run(nosa.load(workdir), **options)
+  assert lengths == [(24 + WARM + 6, 40)]
+
+
 def recorded_cell(lists, num_steps):
   """Of a cache with four slots for pages of 8, whose tokens read what `lists` says."""
   transformer = small.make_model(
