@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from sparsejax import model
 from sparsejax.attention import method
 from sparsejax.configuration import build
+from sparsejax.decoding import cache as caches
 from sparsejax.decoding import generate, sampling
 from sparsejax.evaluation import contexts, decode_timing
 from sparsejax.evaluation import subject as subjects
@@ -105,10 +106,13 @@ def check(subject: subjects.Subject, asked: Asked, num_steps: int) -> None:
   """Refuses what cannot be measured; parameters may be shapes alone.
 
   Raises:
-    ConfigError: not a row fits in `kv_gib`.
+    ConfigError: not a row fits in `kv_gib`, or pages of the host's memory over several devices.
     DataError: too little held-out text.
   """
-  _, count, _ = _sizes(subject, asked, num_steps)
+  transformer, count, slots = _sizes(subject, asked, num_steps)
+  length = asked.context + WARM_STEPS + num_steps
+  room = caches.room(transformer, batch=count, length=length, num_slots=slots)
+  caches.check_slots(transformer, asked.mode, room, subject.mesh)
   # Devices that share rows may have some that nobody asked for.
   devices = subject.mesh.shape["data"] * subject.mesh.shape["fsdp"]
   contexts.rows(subject, -(-count // devices) * devices, asked.context)

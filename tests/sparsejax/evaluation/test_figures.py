@@ -53,3 +53,22 @@ def test_a_prefetch_of_which_nothing_is_known_is_not_drawn(monkeypatch):
     "share of the misses": [curves.Line(label, label, (0,), (0.25,))],
     "in vain, at a step": [curves.Line(label, label, (0, 9), (7.0, 5.0))],
   }
+
+
+def test_budgets_have_lines_of_their_own(monkeypatch):
+  """Which of several it is of, a line says; of files of before there were any, nothing."""
+  drawn = []
+  monkeypatch.setattr(curves, "draw", lambda panels, **_: drawn.append(panels) or b"")
+  cell = dict(context=64, spare=0, misses=3.0, hit_rate=0.9)
+  cells = dict(
+    old=[cell],
+    both=[cell | dict(budget=24), cell | dict(budget=40, misses=2.0)],
+  )
+  shown = [figures.Shown(name, c, (), pathlib.Path(), 64) for name, c in cells.items()]
+  figures.draw("locality", shown)
+  labels = ["old, behind 64 tokens"]
+  labels += [f"both, {budget} keys, behind 64 tokens" for budget in (24, 40)]
+  assert drawn[0]["misses of a step"] == [
+    curves.Line(label, label, (0,), (misses,))
+    for label, misses in zip(labels, (3.0, 3.0, 2.0), strict=True)
+  ]

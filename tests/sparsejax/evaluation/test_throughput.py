@@ -33,6 +33,11 @@ def few_warm_steps(monkeypatch):
   monkeypatch.setattr(throughput, "WARM_STEPS", WARM)
 
 
+def short_request(workdir, out, **more):
+  options = dict(lengths=(CONTEXT,), num_steps=2, out=out) | more
+  return requests.Request(path=workdir, tasks=("throughput",), **options)
+
+
 def test_every_mode_budget_length_and_place_of_pages_has_a_cell(workdir):
   cells = throughput.run(
     nosa.load(workdir),
@@ -176,15 +181,8 @@ def test_rows_are_as_many_as_fit():
 
 
 def test_a_request_leaves_a_table_json_and_a_picture(workdir, tmp_path):
-  request = requests.Request(
-    path=workdir,
-    tasks=("throughput",),
-    modes=("sparse",),
-    lengths=(CONTEXT,),
-    batch_size=8,  # one on each device
-    num_steps=2,
-    out=tmp_path,
-  )
+  # One row on each device.
+  request = short_request(workdir, tmp_path, modes=("sparse",), batch_size=8)
   text, _ = table.run(request, base.get_config())
   assert "| nosa   | sparse    | 32     |" in text
   (cell,) = json.loads((tmp_path / "throughput.json").read_text())["cells"]
@@ -194,15 +192,7 @@ def test_a_request_leaves_a_table_json_and_a_picture(workdir, tmp_path):
 
 def test_without_matplotlib_the_table_is_kept_and_it_is_said(workdir, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "matplotlib", None)
-  request = requests.Request(
-    path=workdir,
-    tasks=("throughput",),
-    modes=("full",),
-    lengths=(CONTEXT,),
-    num_steps=2,
-    batch_size=1,
-    out=tmp_path,
-  )
+  request = short_request(workdir, tmp_path, modes=("full",), batch_size=1)
   text, _ = table.run(request, base.get_config())
   assert "no picture: pictures need the package matplotlib; install sparsejax[eval]." in text
   (cell,) = json.loads((tmp_path / "throughput.json").read_text())["cells"]
@@ -210,23 +200,23 @@ def test_without_matplotlib_the_table_is_kept_and_it_is_said(workdir, tmp_path, 
 
 
 @pytest.mark.parametrize(
-  ("kv_gib", "message"),
+  ("kv_gib", "spare", "message"),
   [
-    ((0.001, 10.0), r"rows of 20 tokens are more than the \d+ tokens of the validation split"),
-    ((0.001, 1e-6), "a row of 60 tokens takes .*, more than the 1.05 KiB that were given"),
+    (
+      (0.001, 10.0),
+      (),
+      r"rows of 20 tokens are more than the \d+ tokens of the valid",
+    ),
+    ((), (0,), "puts pages in the host's memory, which takes one device"),
+    ((0.001, 1e-6), (), "a row of 60 tokens takes .*, more than the 1.05 KiB that were given"),
   ],
 )
 def test_what_one_cell_cannot_have_is_refused_before_any_is_measured(
-  kv_gib, message, workdir, tmp_path, monkeypatch
+  kv_gib, spare, message, workdir, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(subjects.checkpoint, "load_params", None)
-  request = requests.Request(
-    path=workdir,
-    tasks=("throughput",),
-    lengths=(CONTEXT,),
-    num_steps=60 - CONTEXT - WARM,
-    kv_gib=kv_gib,
-    out=tmp_path,
+  request = short_request(
+    workdir, tmp_path, num_steps=60 - CONTEXT - WARM, kv_gib=kv_gib, spare=spare
   )
   with pytest.raises(errors.UserError, match=message):
     table.run(request, base.get_config())
@@ -243,15 +233,7 @@ def test_every_cell_is_kept_by_itself(workdir, tmp_path, monkeypatch):
     return measure(subject, cell, num_steps)
 
   monkeypatch.setattr(throughput, "measure", fail_later)
-  request = requests.Request(
-    path=workdir,
-    tasks=("throughput",),
-    modes=("full",),
-    lengths=(CONTEXT,),
-    num_steps=2,
-    kv_gib=(0.0001, 0.0002),
-    out=tmp_path,
-  )
+  request = short_request(workdir, tmp_path, modes=("full",), kv_gib=(0.0001, 0.0002))
   with pytest.raises(errors.UserError, match="the device is gone"):
     table.run(request, base.get_config())
   table.run(request, base.get_config())
