@@ -110,6 +110,13 @@ HARNESS_PATH = flags.DEFINE_string("lm_eval_path", None, "Folder of more such ta
 SHOTS = flags.DEFINE_integer(
   "num_fewshot", None, "Examples before each question of lm_eval; as its tasks say if none."
 )
+PREFILL = flags.DEFINE_enum(
+  "prefill_mode",
+  None,
+  ["full", "sparse"],
+  "How lm_eval reads prompts of texts that the model writes, if not by the mode; NOSA's tables "
+  "have full.",
+)
 LIMIT = flags.DEFINE_integer("limit", None, "Samples of each task of lm_eval; all if none.")
 OUT = flags.DEFINE_string("out", None, "Where results go; WORKDIR/eval/STEP if not given.")
 COMPARE = flags.DEFINE_string(
@@ -166,6 +173,7 @@ def main(arguments: list[str]) -> int:
       folder=HARNESS_PATH.value,
       num_fewshot=SHOTS.value,
       limit=LIMIT.value,
+      prefill_mode=PREFILL.value,
     ),
     out=OUT.value,
     compare=COMPARE.value,

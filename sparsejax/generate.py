@@ -18,6 +18,7 @@ from sparsejax import command_line, errors
 from sparsejax.configuration import build
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import checks, generate, sampling
+from sparsejax.evaluation import extrapolation
 from sparsejax.evaluation import subject as subjects
 
 
@@ -25,10 +26,16 @@ def run(asked: argparse.Namespace) -> int:
   """Does what was asked; returns the exit status."""
   checks.whole("--num_texts", asked.num_texts, least=1)
   how = sampling.Sampling(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p)
+  scaling = extrapolation.parse(asked.rope_scaling.split(",") if asked.rope_scaling else ())
   text = _prompt(asked)
   budgets = () if asked.budget is None else (asked.budget,)
   described = subjects.describe(
-    asked.workdir, base.get_config(), step=asked.step, kernels=asked.kernels, budgets=budgets
+    asked.workdir,
+    base.get_config(),
+    step=asked.step,
+    kernels=asked.kernels,
+    budgets=budgets,
+    rope_scaling=scaling,
   )
   transformer = described.transformer
   mode = asked.mode or transformer.options.home_stream
@@ -65,11 +72,12 @@ def run(asked: argparse.Namespace) -> int:
     prefill_chunk=asked.prefill_chunk,
   )
   checks.check_settings(transformer, **settings)
-  trained = described.config.data.sequence_length
-  if settings["length"] > trained:
-    sys.stderr.write(
-      f"note: {settings['length']} tokens are more than the {trained} of a row in training\n"
-    )
+  config = described.config
+  try:
+    extrapolation.check(config, config.data.sequence_length, [settings["length"]], scaling)
+  except errors.ConfigError as error:
+    # A text may end long before; and here nothing is claimed of its worth.
+    sys.stderr.write(f"note: {error}\n")
   subject = subjects.with_params(described)
   stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
   if asked.num_texts == 1:
@@ -156,6 +164,8 @@ def _prompt(asked: argparse.Namespace) -> str:
     raise errors.ConfigError("--prompt and --prompt_file are two prompts; give one.")
   try:
     # As it is: ends of lines are part of a prompt.
+    if asked.prompt_file == "-":
+      return sys.stdin.buffer.read().decode("utf-8")
     return pathlib.Path(asked.prompt_file).read_bytes().decode("utf-8")
   except (OSError, UnicodeDecodeError) as error:
     raise errors.DataError(
@@ -174,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
   add("--workdir", required=True, help="what train.py wrote, or one checkpoint of it")
   add("--step", type=int, help="checkpoint to take; the newest if not given")
   add("--prompt", help="text to continue; none begins a document")
-  add("--prompt_file", help="a file with that text")
+  add("--prompt_file", help="a file with that text; - is standard input")
   add("--max_new_tokens", type=int, default=256, help="after which a text ends (256)")
   add("--num_texts", type=int, default=1, help="how many; one is shown as it is drawn")
   add("--rows", type=int, default=8, help="texts that are drawn at the same time (8)")
@@ -188,6 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
   add("--num_slots", type=int, help="pages per row and key head on the device, if not all")
   add("--prefill_chunk", type=int, help="tokens of a prompt read at a time; about 4096")
   add("--prefill_mode", choices=("full", "sparse"), help="of reading the prompt, if not --mode")
+  add("--rope_scaling", help="in place of the checkpoint's: default, or llama3,factor=4")
   add("--kernels", choices=("auto", "strict"), help="in place of the config's")
   asked = parser.parse_args(arguments)
   try:

@@ -12,6 +12,7 @@ import tempfile
 
 from sparsejax import errors
 from sparsejax.data import tokenizers
+from sparsejax.decoding import prefill
 from sparsejax.evaluation import harness_presets, markdown, perplexity, plans
 from sparsejax.evaluation import subject as subjects
 
@@ -29,12 +30,16 @@ class Options:
       looked for in the working directory, as the harness does.
     num_fewshot: examples before each question; None is what the preset or the task says.
     limit: samples of each task; None takes all.
+    prefill_mode: `full` where contexts of texts that the model writes are read so, and written
+      on by each mode; None is by that mode. Continuations that are given are read by the mode
+      whatever this is.
   """
 
   tasks: tuple[str, ...] = ()
   folder: str | pathlib.Path | None = None
   num_fewshot: int | None = None
   limit: int | None = None
+  prefill_mode: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Cell:
     num_samples: of the task; None for means and groups.
     num_fewshot: examples before each question; None for means and groups.
     seeds: of the runs; () is one run with the harness's own.
+    prefill_mode: by which contexts of texts that the model wrote were read; None is `mode`.
   """
 
   task: str
@@ -64,6 +70,7 @@ class Cell:
   num_samples: int | None
   num_fewshot: int | None
   seeds: tuple[int, ...] = ()
+  prefill_mode: str | None = None
 
 
 def check(options: Options) -> None:
@@ -138,11 +145,14 @@ def plan(
     batch_size: rows at once; 0 is that of a training pass.
 
   Raises:
-    UserError: see `check`; or budgets, lengths and data that are not to be had.
+    UserError: see `check`; or modes, budgets, lengths and data that are not to be had.
   """
   check(options)
   trained, length = subject.transformer.options, subject.config.data.sequence_length
   perplexity.check_modes(modes, budgets, trained.block_size, length)
+  prefills = {mode: _prefill_mode(options, mode) for mode in modes}
+  for mode, prefill_mode in prefills.items():
+    prefill.check_stream(trained, mode, prefill_mode or mode)
   from sparsejax.evaluation import harness_model
 
   with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +180,11 @@ def plan(
     if (mode, budget) not in adapters:
       adapters.clear()
       adapters[mode, budget] = harness_model.of_subject(
-        found, mode=mode, budget=budget, batch_size=batch_size
+        found,
+        mode=mode,
+        budget=budget,
+        batch_size=batch_size,
+        prefill_stream=prefills[mode],
       )
     result = harness_model.evaluate(
       adapters[mode, budget],
@@ -188,7 +202,8 @@ def plan(
   ]
   units = tuple(
     plans.Unit(
-      key=dict(task="lm_eval", mode=mode, budget=budget, seed=seed, **about),
+      key=dict(task="lm_eval", mode=mode, budget=budget, seed=seed, **about)
+      | ({} if prefills[mode] is None else dict(prefill_mode=prefills[mode])),
       measure=functools.partial(
         measure, mode=mode, budget=budget, tasks=tasks, about=about, seed=seed
       ),
@@ -206,8 +221,8 @@ def plan(
       for preset, part, _, _ in calls:
         results = [next(left) for _ in part.seeds or (None,)]
         asked.append((preset, part, list(_cells(results, mode, budget, part.seeds))))
-        found += asked[-1][2]
-      found += _means(asked, mode, budget)
+      cells = [cell for _, _, own in asked for cell in own] + [*_means(asked, mode, budget)]
+      found += [dataclasses.replace(cell, prefill_mode=prefills[mode]) for cell in cells]
     return plans.Told(found, markdown.align(rows(found)))
 
   return plans.Plan(units, tell)
@@ -238,7 +253,7 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
     (
       cell.task,
       _number(cell.num_fewshot),
-      cell.mode,
+      cell.mode + (f", prompts {cell.prefill_mode}" if cell.prefill_mode else ""),
       _number(cell.budget),
       cell.metric,
       _value(cell),
@@ -246,6 +261,11 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
     )
     for cell in cells
   ]
+
+
+def _prefill_mode(options: Options, mode: str) -> str | None:
+  """None where prompts are read as the rest is."""
+  return None if options.prefill_mode == mode else options.prefill_mode
 
 
 def _need(modules: Sequence[str], what: str, package: str) -> None:

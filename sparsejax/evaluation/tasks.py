@@ -66,6 +66,22 @@ def check(request: requests.Request) -> None:
     needles.check_lengths(request.lengths)
   if "lm_eval" in request.tasks:
     harness.check(request.lm_eval)
+  _check_use(request)
+
+
+def _check_use(request: requests.Request) -> None:
+  """Refuses settings that would be thought to count, and that nothing asked for reads."""
+  prefill_mode, tasks = request.lm_eval.prefill_mode, set(request.tasks)
+  if prefill_mode is not None and "lm_eval" not in tasks:
+    raise errors.ConfigError(
+      f"--prefill_mode={prefill_mode} is of texts that lm_eval has written, and --tasks="
+      f"{','.join(request.tasks)} has none; add lm_eval, or leave it out."
+    )
+  if request.spare and "sparse" not in request.modes and tasks.isdisjoint({"locality"}):
+    raise errors.ConfigError(
+      f"--spare={','.join(map(str, request.spare))} is of lists under sparse inference; add "
+      "sparse to --modes, or leave it out."
+    )
 
 
 def _check_names(request: requests.Request) -> None:

@@ -1,5 +1,6 @@
 """The program that continues prompts: what it asks for, shows, and says to a mistake."""
 
+import io
 import types
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from sparsejax import generate, sharding
 from sparsejax.data import tokenizers
 from sparsejax.decoding import sampling
+from sparsejax.evaluation import extrapolation
 from tests import small
 
 
@@ -17,6 +19,7 @@ from tests import small
     (["--prompt_file=no/such/file"], "--prompt_file=no/such/file cannot be read"),
     (["--num_texts=0"], "--num_texts=0 must be at least 1"),
     (["--prompt=ab\udcff"], "--prompt is not UTF-8; give such text in a --prompt_file"),
+    (["--rope_scaling=lama3"], "unknown --rope_scaling 'lama3'. Did you mean 'llama3'?"),
     (["--top_p=2"], "top_p=2.0 is not above 0 and at most 1"),
     ([], "no/such/run holds no checkpoint"),
   ],
@@ -50,7 +53,7 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole(capsys):
 
 @pytest.fixture
 def asked(monkeypatch):
-  """What is asked of the library, of a checkpoint whose weights nobody reads."""
+  """What is asked of the library, and how, of a checkpoint whose weights nobody reads."""
   config = small.make_config(attention__method="ssa")
   found = types.SimpleNamespace(
     config=config,
@@ -60,10 +63,15 @@ def asked(monkeypatch):
     params="weights",
     step=7,
   )
-  calls = []
+  calls, described = [], {}
+
+  def describe(path, template, **options):
+    described.update(options, path=path)
+    return found
 
   def answer(transformer, params, prompts, **options):
-    calls.append(dict(transformer=transformer, params=params, prompts=prompts) | options)
+    own = dict(transformer=transformer, params=params, prompts=prompts, described=described)
+    calls.append(own | options)
     for number in range(len(prompts)):
       for token in b"xyz"[: 3 - number]:
         options["on_token"](number, token)
@@ -71,7 +79,7 @@ def asked(monkeypatch):
         options["on_token"](number, options["stop_ids"][0])
     return [[]] * len(prompts)
 
-  monkeypatch.setattr(generate.subjects, "describe", lambda *args, **kwargs: found)
+  monkeypatch.setattr(generate.subjects, "describe", describe)
   monkeypatch.setattr(generate.subjects, "with_params", lambda subject: subject)
   monkeypatch.setattr(generate.generate, "generate", answer)
   return calls
@@ -82,7 +90,8 @@ def test_what_is_asked_for_reaches_the_library(asked, tmp_path):
   path.write_bytes(b"a\r\nb")
   flags = dict(mode="sparse", budget=8, temperature=0.5, top_k=3, top_p=0.75, seed=5, rows=2)
   flags |= dict(max_new_tokens=3, num_texts=3, prefill_chunk=16, prefill_mode="full")
-  flags |= dict(offload="never", prompt_file=path)
+  flags |= dict(offload="never", prompt_file=path, step=6, kernels="auto")
+  flags |= dict(rope_scaling="llama3,factor=4")
   arguments = [f"--{name}={value}" for name, value in flags.items()]
   assert generate.main(["--workdir=run", *arguments]) == 0
   (call,) = asked
@@ -96,6 +105,20 @@ def test_what_is_asked_for_reaches_the_library(asked, tmp_path):
   expected = dict(stream="sparse", seed=5, rows=2, max_new_tokens=3, prefill_chunk=16)
   expected |= dict(prefill_stream="full", offload="never", num_slots=None, params="weights")
   assert {name: call[name] for name in expected} == expected
+  assert call["described"] == dict(
+    path="run",
+    step=6,
+    kernels="auto",
+    budgets=(8,),
+    rope_scaling=extrapolation.RopeScaling(rope_type="llama3", factor=4.0),
+  )
+
+
+def test_a_prompt_may_come_from_standard_input(asked, monkeypatch):
+  given = io.TextIOWrapper(io.BytesIO("a\r\nä".encode()), encoding="ascii")
+  monkeypatch.setattr(generate.sys, "stdin", given)
+  assert generate.main(["--workdir=run", "--prompt_file=-"]) == 0
+  assert asked[0]["prompts"] == [[tokenizers.ByteTokenizer().bos_id, *"a\r\nä".encode()]]
 
 
 def test_what_is_not_asked_for_is_as_trained(asked):
@@ -105,6 +128,8 @@ def test_what_is_not_asked_for_is_as_trained(asked):
   assert call["transformer"].options.budget == 24
   expected = dict(stream="sparse", prefill_stream=None, offload="auto", seed=0)
   assert {name: call[name] for name in expected} == expected
+  expected = dict(path="run", step=None, kernels=None, budgets=(), rope_scaling=None)
+  assert call["described"] == expected
 
 
 def test_texts_are_shown_as_they_end(asked, capsys):
@@ -115,10 +140,11 @@ def test_texts_are_shown_as_they_end(asked, capsys):
   assert shown.out == "--- text 0\naxyz\n--- text 1\naxy\n"
   assert "step 7 of run, sparse at 24 keys, seed 0\n" in shown.err
   assert "note:" not in shown.err
-  generate.main([*arguments[:2], "--max_new_tokens=70"])
-  assert (
-    "note: 72 tokens are more than the 64 of a row in training\n" in capsys.readouterr().err
-  )
+  longer = [*arguments[:2], "--max_new_tokens=70"]
+  generate.main(longer)
+  assert "note: a length of 72 tokens is beyond the 64 that" in capsys.readouterr().err
+  generate.main([*longer, "--rope_scaling=default"])
+  assert "note:" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

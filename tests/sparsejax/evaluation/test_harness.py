@@ -239,6 +239,38 @@ def test_runs_with_several_seeds_are_made_one(workdir, folder, offline, monkeypa
   assert text.spread is None
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_are_read_as_asked_and_the_table_says_so(workdir, folder, offline, monkeypatch):
+  """What is read by the mode itself is the same cell as if nothing was asked."""
+  from sparsejax.evaluation import harness_model
+
+  made = []
+
+  class Adapter(harness_model.Model):
+    def __init__(self, *args, **options):
+      super().__init__(*args, **options)
+      made.append((options["stream"], options["prefill_stream"]))
+
+  monkeypatch.setattr(harness_model, "Model", Adapter)
+  monkeypatch.setattr(harness_model, "evaluate", lambda *args, **kwargs: None)
+  found = dict(results={"tiny_answer": {"exact_match,none": 0.5}}, samples={})
+  monkeypatch.setattr(harness_model, "in_short", lambda result: found)
+  subject = subjects.load(workdir, base.get_config())
+  how = dict(tasks=("tiny_answer",), folder=folder, limit=1)
+  as_read = harness.plan(subject, harness.Options(**how))
+  planned = harness.plan(subject, harness.Options(prefill_mode="full", **how))
+  before, after = ([dict(unit.key) for unit in x.units] for x in (as_read, planned))
+  assert after[0] == before[0]
+  assert after[1] == before[1] | dict(prefill_mode="full")
+  told = planned.tell(plans.measure(planned.units, subject))
+  assert made == [("full", None), ("sparse", "full")]
+  assert [(x.mode, x.prefill_mode) for x in told.cells] == [("full", None), ("sparse", "full")]
+  assert "| full " in told.text
+  assert "| sparse, prompts full " in told.text
+  with pytest.raises(errors.ConfigError, match="read sparse are continued sparse, not full"):
+    harness.plan(subject, harness.Options(prefill_mode="sparse", **how))
+
+
 def test_cells_are_means_and_spreads_over_runs():
   def result(value):
     return {

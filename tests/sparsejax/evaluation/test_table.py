@@ -159,6 +159,14 @@ def test_a_place_without_checkpoint_is_refused(tmp_path):
       dict(tasks=("lm_eval",), lm_eval=harness.Options(tasks=("piqa", "piqa"))),
       "--lm_eval_tasks=piqa,piqa names a task twice",
     ),
+    (
+      dict(lm_eval=harness.Options(prefill_mode="full")),
+      "--prefill_mode=full is of texts that lm_eval has written, and --tasks=perplexity",
+    ),
+    (
+      dict(tasks=("throughput",), modes=("full",), spare=(8, 16)),
+      "--spare=8,16 is of lists under sparse inference; add sparse to --modes",
+    ),
     (dict(kernels="strikt"), r"unknown --kernels 'strikt'\. Did you mean 'strict'\?"),
   ],
 )
