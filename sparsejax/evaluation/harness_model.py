@@ -401,6 +401,8 @@ def evaluate(
     tasks=list(tasks),
     num_fewshot=num_fewshot,
     limit=limit,
+    # Its index of all its tasks takes seconds, and these have been found.
+    task_manager=harness_tasks.TaskManager(include_defaults=False),
     bootstrap_iters=_BOOTSTRAP_DRAWS,
     **seeds,
   )
