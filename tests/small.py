@@ -1,5 +1,7 @@
 """A model small enough for tests, from the smoke preset."""
 
+import functools
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,12 +46,19 @@ def make_model(max_documents=4, **changes):
 
 def make_params(transformer, seed=0, scale=1.0):
   """New parameters; a `scale` above 1 makes attention sharp enough to matter."""
+  return jax.tree.map(lambda x: jnp.array(x * x.dtype.type(scale)), _draw(transformer, seed))
 
-  @jax.jit
-  def make(rng):
-    return jax.tree.map(lambda x: x * scale, nn.unbox(parameters.init(transformer, rng)))
 
-  return make(jax.random.key(seed))
+@functools.cache
+def _draw(transformer, seed):
+  """On the host: many tests ask for the same ones, and may give away what they get."""
+  make = jax.jit(lambda rng: nn.unbox(parameters.init(transformer, rng)))
+  return jax.device_get(make(jax.random.key(seed)))
+
+
+def shapes_of_params(transformer):
+  """Their tree of `jax.ShapeDtypeStruct`."""
+  return jax.eval_shape(lambda: nn.unbox(parameters.init(transformer, jax.random.key(0))))
 
 
 def run(transformer, params, batch, stream, use_full=True):

@@ -13,8 +13,6 @@ from sparsejax import attention, errors, losses, model, parameters, sharding
 from sparsejax.configuration import build
 from tests import small
 
-make_params = functools.cache(small.make_params)
-
 
 @functools.cache
 def make_run(transformer, stream):
@@ -48,7 +46,7 @@ def run(transformer, params, batch, stream="train", use_full=True):
 )
 def test_later_tokens_change_nothing_before_them(method, stream):
   transformer = small.make_model(attention__method=method)
-  params = make_params(transformer, scale=4.0)
+  params = small.make_params(transformer, scale=4.0)
   batch = small.make_batch()
   at = 30
   changed = batch._replace(inputs=batch.inputs.at[:, at:].set(319 - batch.inputs[:, at:]))
@@ -80,7 +78,7 @@ def shapes_kept(transformer, params, batch):
 def test_rematerialisation_keeps_less_and_changes_no_gradient(remat):
   batch = small.make_batch()
   plain, other = small.make_model(model__remat="none"), small.make_model(model__remat=remat)
-  params = make_params(plain)
+  params = small.make_params(plain)
   gradients = [make_gradient(transformer)(params, batch) for transformer in (plain, other)]
   for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
@@ -96,7 +94,7 @@ def test_the_attention_policy_keeps_the_residuals_of_attention():
   kept = {}
   for policy in ("full", "attention"):
     transformer = small.make_model(model__remat=policy, attention__method="moba")
-    kept[policy] = shapes_kept(transformer, make_params(transformer), batch)
+    kept[policy] = shapes_kept(transformer, small.make_params(transformer), batch)
   # Log-normalisers [layers, B, T, H]; without them the forward pass of attention runs again.
   residual = (2, 2, 64, 4)
   assert residual in kept["attention"]
@@ -111,7 +109,7 @@ def test_all_methods_share_their_parameters():
   own = set()
   for method in attention.METHODS:
     transformer = small.make_model(attention__method=method)
-    params = jax.eval_shape(functools.partial(small.make_params, transformer))
+    params = small.shapes_of_params(transformer)
     if params["layers"]["self_attn"].pop("sparse", None):
       own.add(method)
     shared = params if method == "full" else shared
@@ -122,7 +120,7 @@ def test_all_methods_share_their_parameters():
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_logits_come_from_the_unembedding(is_tied):
   transformer = small.make_model(model__tie_word_embeddings=is_tied)
-  params = make_params(transformer)
+  params = small.make_params(transformer)
   assert ("lm_head" in params) == (not is_tied)
   batch = small.make_batch()
   hidden = run(transformer, params, batch).hidden_BTE
@@ -138,7 +136,7 @@ def test_logits_come_from_the_unembedding(is_tied):
 def test_it_is_a_llama():
   """Full attention without the gate, layer by layer, against plain numpy."""
   transformer = small.make_model(attention__method="full", attention__gate=False)
-  params = make_params(transformer, scale=3.0)
+  params = small.make_params(transformer, scale=3.0)
   batch = small.make_batch(rows=1, num_documents=1)._replace(
     segments=jnp.ones((1, 64), jnp.int32)
   )
@@ -174,7 +172,7 @@ def test_it_is_a_llama():
 
 def test_alignment_is_reported_by_layer():
   transformer = small.make_model()
-  params = make_params(transformer, scale=4.0)
+  params = small.make_params(transformer, scale=4.0)
   batch = small.make_batch()
   align = run(transformer, params, batch).align_L
   assert align.shape == (2,)
@@ -185,7 +183,7 @@ def test_alignment_is_reported_by_layer():
 
 def test_the_coin_reaches_the_layers():
   transformer = small.make_model()
-  params = make_params(transformer, scale=4.0)
+  params = small.make_params(transformer, scale=4.0)
   batch = small.make_batch()
   heads, tails = (run(transformer, params, batch, use_full=b).hidden_BTE for b in (True, False))
   full, sparse = (run(transformer, params, batch, s).hidden_BTE for s in ("full", "sparse"))
@@ -196,14 +194,14 @@ def test_the_coin_reaches_the_layers():
 
 def test_parameters_are_float32_under_bfloat16_compute():
   transformer = small.make_model(model__dtype="bfloat16")
-  params = make_params(transformer)
+  params = small.make_params(transformer)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   assert run(transformer, params, small.make_batch()).hidden_BTE.dtype == jnp.bfloat16
 
 
 def test_initial_weights_have_the_configured_spread():
   transformer = small.make_model(model__hidden_size=256, model__initializer_range=0.02)
-  params = make_params(transformer)
+  params = small.make_params(transformer)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if path[-1].key == "scale":
       np.testing.assert_array_equal(leaf, jnp.ones_like(leaf))
@@ -216,15 +214,15 @@ def test_parameters_are_made_whatever_attention_runs_on():
   strict = small.make_model(attention__kernels="strict")
   jax.tree.map(
     np.testing.assert_array_equal,
-    make_params(strict),
-    make_params(small.make_model()),
+    small.make_params(strict),
+    small.make_params(small.make_model()),
   )
 
 
 def test_half_local_selection_runs():
   """Parameters are made with rows of one block, which has no half."""
   transformer = small.make_model(attention__selection="half_local", attention__num_blocks=4)
-  batch, params = small.make_batch(), make_params(transformer, scale=4.0)
+  batch, params = small.make_batch(), small.make_params(transformer, scale=4.0)
   exact = small.make_model(attention__num_blocks=4)
   hidden = [run(t, params, batch, "sparse").hidden_BTE for t in (transformer, exact)]
   assert jnp.abs(hidden[0] - hidden[1]).max() > 1e-3

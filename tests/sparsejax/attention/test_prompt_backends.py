@@ -60,7 +60,7 @@ def test_what_runs_was_said_before(name, stream, monkeypatch):
     room=caches.room(transformer, batch=1, length=LENGTH),
     chunk=CHUNK,
   )
-  params = jax.eval_shape(lambda: small.make_params(transformer))
+  params = small.shapes_of_params(transformer)
   ids = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
   ran.clear()
   jax.eval_shape(run, params, ids, jax.ShapeDtypeStruct((1,), jnp.int32))
