@@ -8,6 +8,7 @@ In a notebook: see `sparsejax.decoding.generate`.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import sys
@@ -18,6 +19,7 @@ from sparsejax import command_line, errors
 from sparsejax.configuration import build
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import checks, generate, sampling
+from sparsejax.decoding import show as shows
 from sparsejax.evaluation import extrapolation
 from sparsejax.evaluation import subject as subjects
 
@@ -81,21 +83,28 @@ def run(asked: argparse.Namespace) -> int:
   subject = subjects.with_params(described)
   stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
   if asked.num_texts == 1:
-    show = Stream(tokenizer, text)
+    show = shows.Stream(tokenizer.decode, text)
   else:
-    show = Texts(tokenizer, text, stop_ids, asked.max_new_tokens)
+    show = shows.Texts(tokenizer.decode, text, stop_ids, asked.max_new_tokens)
   began = time.perf_counter()
-  texts = generate.generate(
-    transformer,
-    subject.params,
-    [prompt] * asked.num_texts,
-    max_new_tokens=asked.max_new_tokens,
-    sampling=how,
-    stop_ids=stop_ids,
-    on_token=show,
-    on_choice=lambda choice: sys.stderr.write(f"backend of {choice}\n"),
-    **settings,
-  )
+  progress = shows.Progress(asked.num_texts, asked.max_new_tokens, prompt_length=len(prompt))
+
+  def on_token(number: int, token: int) -> None:
+    progress.count()
+    show(number, token)
+
+  with contextlib.closing(progress):
+    texts = generate.generate(
+      transformer,
+      subject.params,
+      [prompt] * asked.num_texts,
+      max_new_tokens=asked.max_new_tokens,
+      sampling=how,
+      stop_ids=stop_ids,
+      on_token=on_token,
+      on_choice=lambda choice: progress.say(f"backend of {choice}"),
+      **settings,
+    )
   seconds = time.perf_counter() - began
   show.end()
   num_tokens = sum(map(len, texts))
@@ -105,53 +114,6 @@ def run(asked: argparse.Namespace) -> int:
     f"{asked.workdir}, {mode}{budget}, seed {asked.seed}\n"
   )
   return 0
-
-
-class Stream:
-  """Writes a text as it is drawn: what its ids stand for, once no later id can change it."""
-
-  def __init__(self, tokenizer, prompt: str):
-    self._tokenizer, self._ids, self._written = tokenizer, [], 0
-    # Shown with the first id: until then there may be other things to say.
-    self._prompt = prompt
-
-  def __call__(self, number: int, token: int) -> None:
-    del number  # there is one
-    if not self._ids:
-      self._write(self._prompt)
-    self._ids.append(token)
-    text = self._tokenizer.decode(self._ids)
-    # Characters of several bytes may come in several tokens.
-    if not text.endswith("\ufffd"):
-      self._write(text[self._written :])
-      self._written = len(text)
-
-  def end(self) -> None:
-    self._write(self._tokenizer.decode(self._ids)[self._written :] + "\n")
-
-  def _write(self, text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-class Texts:
-  """Writes every text as it ends."""
-
-  def __init__(self, tokenizer, prompt: str, stop_ids, max_new_tokens: int):
-    self._tokenizer, self._prompt = tokenizer, prompt
-    self._stop_ids, self._max_new_tokens = stop_ids, max_new_tokens
-    self._ids = {}
-
-  def __call__(self, number: int, token: int) -> None:
-    ids = self._ids.setdefault(number, [])
-    ids.append(token)
-    if token in self._stop_ids or len(ids) == self._max_new_tokens:
-      text = self._tokenizer.decode(self._ids.pop(number))
-      sys.stdout.write(f"--- text {number}\n{self._prompt}{text}\n")
-      sys.stdout.flush()
-
-  def end(self) -> None:
-    """Nothing is left to write."""
 
 
 def _prompt(asked: argparse.Namespace) -> str:

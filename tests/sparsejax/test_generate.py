@@ -32,25 +32,6 @@ def test_a_mistake_gets_one_clear_error(arguments, message, capsys):
   assert said.count("\n") == 1
 
 
-class Letters:
-  """A tokenizer whose ids are bytes."""
-
-  def decode(self, ids):
-    return bytes(ids).decode("utf-8", errors="replace")
-
-
-def test_a_character_of_several_tokens_is_shown_when_it_is_whole(capsys):
-  shown, show = [], generate.Stream(Letters(), "a")
-  assert capsys.readouterr().out == ""
-  for token in "bä€".encode():
-    show(0, token)
-    shown.append(capsys.readouterr().out)
-  assert shown == ["ab", "", "ä", "", "", "€"]
-  show(0, 0xE2)
-  show.end()
-  assert capsys.readouterr().out == "\ufffd\n"
-
-
 @pytest.fixture
 def asked(monkeypatch):
   """What is asked of the library, and how, of a checkpoint whose weights nobody reads."""
@@ -119,6 +100,27 @@ def test_a_prompt_may_come_from_standard_input(asked, monkeypatch):
   monkeypatch.setattr(generate.sys, "stdin", given)
   assert generate.main(["--workdir=run", "--prompt_file=-"]) == 0
   assert asked[0]["prompts"] == [[tokenizers.ByteTokenizer().bos_id, *"a\r\nä".encode()]]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_progress_is_told_of_every_token_and_of_the_end(asked, monkeypatch, error):
+  told = []
+
+  class Progress:
+    def __init__(self, num_texts, max_new_tokens, *, prompt_length):
+      told.append((num_texts, max_new_tokens, prompt_length))
+
+    def count(self):
+      told.append("token")
+      if error is not None:
+        raise error
+
+    def close(self):
+      told.append("end")
+
+  monkeypatch.setattr(generate.shows, "Progress", Progress)
+  generate.main(["--workdir=run", "--prompt=ab", "--num_texts=2", "--max_new_tokens=9"])
+  assert told == [(2, 9, 3)] + ["token"] * (6 if error is None else 1) + ["end"]
 
 
 def test_what_is_not_asked_for_is_as_trained(asked):
