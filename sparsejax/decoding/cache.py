@@ -84,7 +84,7 @@ def place(
     transformer: whose cache it is.
     stream: `full` or `sparse`.
     room: for all pages on the device.
-    offload: `never` and `always` put pages in the host's memory or not; `auto` does where
+    offload: `always` and `never` put pages in the host's memory or not; `auto` does where
       `num_slots` is given, or where they do not fit on the device.
     num_slots: see `pages.Room`; None is what a token reads and `SPARE_SLOTS` more. A row has
       no more than it has pages.
@@ -172,10 +172,13 @@ def make(spec: Cache) -> Cache:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     rows = spec.lengths_B.shape[0]
+    what, remedy = f"{rows} rows", "decode fewer rows at a time, or shorter ones"
+    if rows == 1:
+      what, remedy = "a row", "take a shorter one"
     raise errors.UserError(
-      f"there is no memory for a cache of {rows} rows, which takes {in_words(num_bytes(spec))} "
-      f"on the device and {in_words(num_bytes(spec, is_host=True))} on the host; decode fewer "
-      "rows at a time, or shorter ones."
+      f"there is no memory for a cache of {what}, which takes {in_words(num_bytes(spec))} on "
+      f"the device and {in_words(num_bytes(spec, is_host=True))} on the host; {remedy}. A "
+      "row has room for a prompt and max_new_tokens behind it."
     ) from error
 
 

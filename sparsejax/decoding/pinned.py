@@ -1,8 +1,8 @@
 """Whether arrays fit in the host's pinned memory, as the GPU's runtime hands it out.
 
-Its allocator takes memory in regions, each at least twice as large as the one before until an
-array fits, and the last of them as large as what is left. What an array leaves of its region
-is of no use to another that is larger: two arrays of 52 GiB take a region of 64 and one of 52.
+Its allocator takes memory in regions that double until an array fits, and the last of them
+as large as what is left. What an array leaves of its region is of no use to another that is
+larger: within 116 GiB, two arrays of 52 take a region of 64 and one of 52.
 """
 
 from collections.abc import Sequence

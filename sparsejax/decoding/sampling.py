@@ -68,6 +68,9 @@ def draw(
     sampling: see there.
     num_ids: ids from there on are never drawn; None is the whole vocabulary. Tables are often
       padded beyond the tokenizer's last id.
+
+  Raises:
+    ValueError: not a key for each row, or `num_ids` beyond the vocabulary.
   """
   b, v = logits_BV.shape
   if keys_B.shape != (b,):
