@@ -36,7 +36,11 @@ TASKS = flags.DEFINE_list(
   "finds in long contexts; lm_eval, tasks of lm-evaluation-harness; sparsity, where heads' "
   "attention lies and what is lost by reading some of it.",
 )
-MODES = flags.DEFINE_list("modes", ["full", "sparse"], "Modes of inference.")
+MODES = flags.DEFINE_list(
+  "modes",
+  ["full", "sparse"],
+  "Modes of inference, of all tasks but block_lists, diagnostics and locality.",
+)
 BUDGETS = flags.DEFINE_list(
   "budgets", [], "Keys a query reads when sparse; as trained if none."
 )
@@ -130,6 +134,16 @@ ROPE = flags.DEFINE_list(
 FRESH = flags.DEFINE_bool("fresh", False, "Measure again what was measured before.")
 
 
+# What only some tasks read.
+OF_TASKS = {
+  ("locality", "throughput"): (STEPS, SPARE),
+  ("throughput",): (KV_GIB,),
+  ("perplexity",): (PROTOCOL, CORPUS, STRIDE, DECODE, TEXT_KEY, SEPARATOR, BAD_UTF8),
+  ("needle",): (KINDS, HAYSTACK, DEPTHS, QUESTIONS, SEED),
+  ("lm_eval",): (HARNESS_TASKS, HARNESS_PATH, SHOTS, LIMIT, PREFILL),
+}
+
+
 def main(arguments: list[str]) -> int:
   if len(arguments) > 1:
     raise errors.ConfigError(
@@ -137,6 +151,7 @@ def main(arguments: list[str]) -> int:
     )
   if not WORKDIR.value:
     raise errors.ConfigError("name the --workdir that train.py wrote to.")
+  _refuse_idle()
   request = requests.Request(
     path=tuple(WORKDIR.value),
     step=STEP.value,
@@ -189,10 +204,23 @@ def main(arguments: list[str]) -> int:
   return 0
 
 
+def _refuse_idle() -> None:
+  """Raises for flags that were given and that no task would read."""
+  for tasks, own in OF_TASKS.items():
+    given = [flag.name for flag in own if flags.FLAGS[flag.name].present]
+    if given and not set(tasks) & set(TASKS.value):
+      raise errors.ConfigError(
+        f"--{given[0]} is of {' and '.join(tasks)}, and --tasks={','.join(TASKS.value)} asks "
+        f"nothing of that; add {' or '.join(tasks)} there, or leave it out."
+      )
+
+
 def _numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
   wrong = [text for text in flag.value if not text.isdigit()]
   if wrong:
-    raise errors.ConfigError(f"--{flag.name} takes whole numbers; {wrong[0]!r} is none.")
+    raise errors.ConfigError(
+      f"--{flag.name} takes whole numbers from 0 up; {wrong[0]!r} is none."
+    )
   return tuple(map(int, flag.value))
 
 

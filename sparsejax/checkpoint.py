@@ -262,6 +262,11 @@ def check_space(directory: pathlib.Path, abstract, num_kept: int) -> None:
     )
 
 
+def is_one(path: str | pathlib.Path) -> bool:
+  """Whether a path is of a single checkpoint, not of a directory of several."""
+  return (pathlib.Path(path) / _STATE).is_dir()
+
+
 def find(path: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
   """The checkpoint meant by a workdir, a directory of checkpoints or a checkpoint.
 
@@ -270,11 +275,16 @@ def find(path: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
     step: of a directory of several; None is the newest.
 
   Raises:
-    CheckpointError: there is none.
+    CheckpointError: there is none, or the one that is meant is of another step.
   """
   # Without the ".." that a run would be named by.
   path = pathlib.Path(os.path.abspath(path))
-  if (path / _STATE).is_dir():
+  if is_one(path):
+    if step is not None and path.name != str(step):
+      raise errors.CheckpointError(
+        f"{path} is one checkpoint, and {step=} asks for another; name its workdir, or leave "
+        "the step out."
+      )
     return path
   holder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
   names = [p.name for p in holder.iterdir()] if holder.is_dir() else []
@@ -284,7 +294,7 @@ def find(path: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
       f"{path} holds no checkpoint; give a --workdir that train.py has written to."
     )
   if step is not None and step not in steps:
-    raise errors.CheckpointError(f"{holder} has no step {step}; it has {steps}.")
+    raise errors.CheckpointError(f"{holder} has no step {step!r}; it has {steps}.")
   return holder / str(steps[-1] if step is None else step)
 
 

@@ -24,6 +24,11 @@ class CheckpointError(UserError):
   """A checkpoint that is missing, damaged or belongs to another configuration."""
 
 
+def install(extra: str) -> str:
+  """How to get an extra of this project, for a sentence about a package that is missing."""
+  return f"pip install -e '.[{extra}]' in the repository of sparsejax"
+
+
 def one_of(what: str, value: str, allowed: Iterable[str]) -> str:
   """A sentence for "`value` is no such `what`", with the nearest names."""
   allowed = list(allowed)

@@ -27,7 +27,7 @@ from sparsejax.evaluation import subject as subjects
 def run(asked: argparse.Namespace) -> int:
   """Does what was asked; returns the exit status."""
   checks.whole("--num_texts", asked.num_texts, least=1)
-  how = sampling.Sampling(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p)
+  draw = sampling.Sampling(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p)
   scaling = extrapolation.parse(asked.rope_scaling.split(",") if asked.rope_scaling else ())
   text = _prompt(asked)
   budgets = () if asked.budget is None else (asked.budget,)
@@ -99,7 +99,7 @@ def run(asked: argparse.Namespace) -> int:
       subject.params,
       [prompt] * asked.num_texts,
       max_new_tokens=asked.max_new_tokens,
-      sampling=how,
+      sampling=draw,
       stop_ids=stop_ids,
       on_token=on_token,
       on_choice=lambda choice: progress.say(f"backend of {choice}"),
@@ -108,10 +108,14 @@ def run(asked: argparse.Namespace) -> int:
   seconds = time.perf_counter() - began
   show.end()
   num_tokens = sum(map(len, texts))
-  budget = f" at {transformer.options.budget} keys" if mode == "sparse" else ""
+  how = f"{mode} at {transformer.options.budget} keys" if mode == "sparse" else mode
+  if (asked.prefill_mode or mode) != mode:
+    how += f", prompt {asked.prefill_mode}"
+  if scaling is not None:
+    how += f", RoPE {asked.rope_scaling}"
   sys.stderr.write(
     f"{num_tokens} tokens in {seconds:.1f} s, compilation included; step {subject.step} of "
-    f"{asked.workdir}, {mode}{budget}, seed {asked.seed}\n"
+    f"{asked.workdir}, {how}, seed {asked.seed}\n"
   )
   return 0
 
@@ -122,17 +126,29 @@ def _prompt(asked: argparse.Namespace) -> str:
     if any("\ud800" <= x <= "\udfff" for x in text):
       raise errors.DataError("--prompt is not UTF-8; give such text in a --prompt_file.")
     return text
+  if not asked.prompt_file:
+    raise errors.ConfigError(
+      "--prompt_file has an empty path; name a file, or - to read it here."
+    )
   if asked.prompt is not None:
     raise errors.ConfigError("--prompt and --prompt_file are two prompts; give one.")
   try:
     # As it is: ends of lines are part of a prompt.
     if asked.prompt_file == "-":
-      return sys.stdin.buffer.read().decode("utf-8")
+      return _standard_input()
     return pathlib.Path(asked.prompt_file).read_bytes().decode("utf-8")
   except (OSError, UnicodeDecodeError) as error:
     raise errors.DataError(
       f"--prompt_file={asked.prompt_file} cannot be read: {error}"
     ) from error
+
+
+def _standard_input() -> str:
+  if sys.stdin is None:
+    raise OSError("there is no standard input")
+  # A stand-in, as notebooks have, may know no bytes.
+  given = getattr(sys.stdin, "buffer", sys.stdin).read()
+  return given if isinstance(given, str) else given.decode("utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -35,7 +35,7 @@ def why_not(problem: problems.Problem, block_size: int) -> str | None:
   if heads > MOST_HEADS:
     return f"takes up to {MOST_HEADS} query heads per key head, not {heads}"
   if any(importlib.util.find_spec(name) is None for name in ("triton", "jax_triton")):
-    return "needs the extra: pip install 'sparsejax[triton]'"
+    return "needs jax-triton: pip install -e '.[triton]' in the repository"
   return None
 
 

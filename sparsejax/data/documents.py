@@ -322,7 +322,7 @@ class _ZstdFile(io.RawIOBase):
       import zstandard
     except ImportError:
       raise errors.DataError(
-        f"{path} needs the package zstandard; install sparsejax[data]."
+        f"{path} needs the package zstandard; {errors.install('data')}."
       ) from None
     self._zstandard = zstandard
     self._file = open(path, "rb")
@@ -370,7 +370,7 @@ def _parquet(path: str):
     from pyarrow import parquet
   except ImportError:
     raise errors.DataError(
-      f"{path} needs the package pyarrow; install sparsejax[data]."
+      f"{path} needs the package pyarrow; {errors.install('data')}."
     ) from None
   try:
     return parquet.ParquetFile(path)

@@ -1,6 +1,6 @@
 """What can be refused of a request before weights are touched, or a cache is made."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import operator
 
 import jax
@@ -82,6 +82,17 @@ def check_prompts(
         f"{length=} of a row; shorten either, or raise length."
       )
   return max(map(len, prompts), default=0)
+
+
+def check_stop_ids(stop_ids: Iterable[int], vocab_size: int) -> frozenset[int]:
+  """The ids that end a text.
+
+  Raises:
+    ConfigError: one that the model does not know, or that is no id at all.
+  """
+  return frozenset(
+    whole("an id of stop_ids", x, least=0, most=vocab_size - 1) for x in stop_ids
+  )
 
 
 def whole(name: str, value: int, *, least: int | None = None, most: int | None = None) -> int:

@@ -93,6 +93,7 @@ def generate(
     vocab_size=transformer.shape.vocab_size,
   )
   checks.whole("rows", rows, least=1)
+  stop_ids = checks.check_stop_ids(stop_ids, transformer.shape.vocab_size)
   if not len(prompts):
     return []
   rows = min(rows, len(prompts))
@@ -113,7 +114,7 @@ def generate(
   )
   for choice in decoder.backends if on_choice is not None else ():
     on_choice(choice)
-  texts, stop_ids = [[] for _ in prompts], frozenset(stop_ids)
+  texts: list[list[int]] = [[] for _ in prompts]
   waiting = iter(range(len(prompts)))
   in_row: list[int | None] = [None] * rows
 

@@ -36,7 +36,9 @@ class RopeScaling:
     given = {key: value for key, value in self.given.items() if key != "rope_type"}
     for key, value in given.items():
       if not 0 < value < math.inf:
-        raise errors.ConfigError(f"--rope_scaling: {key}={value} must be above 0.")
+        raise errors.ConfigError(
+          f"--rope_scaling: {key}={value} must be a finite number above 0."
+        )
     if self.rope_type == "default" and given:
       raise errors.ConfigError(
         f"--rope_scaling=default stretches nothing and has no {', '.join(given)}; take llama3."
@@ -56,6 +58,7 @@ def parse(words: Sequence[str]) -> RopeScaling | None:
   """
   if not words:
     return None
+  words = [word.strip() for word in words]
   kinds = {field.name: field.type for field in dataclasses.fields(RopeScaling)}
   del kinds["rope_type"]
   values = {}
@@ -63,6 +66,8 @@ def parse(words: Sequence[str]) -> RopeScaling | None:
     key, _, text = word.partition("=")
     if key not in kinds:
       raise errors.ConfigError(errors.one_of("value of --rope_scaling", key, kinds))
+    if key in values:
+      raise errors.ConfigError(f"--rope_scaling={','.join(words)} has {key} twice; give one.")
     number = int if "int" in str(kinds[key]) else float
     try:
       values[key] = number(text)

@@ -95,10 +95,10 @@ def check(options: Options) -> None:
     raise errors.ConfigError(
       f"--lm_eval_path={options.folder} is no folder; name one with YAML files of tasks."
     )
-  _need(("lm_eval",), "--tasks=lm_eval", "'sparsejax[eval]'")
+  _need(("lm_eval",), "--tasks=lm_eval", errors.install("eval"))
   parts = harness_presets.expand(options.tasks)
   for preset, part in parts:
-    _need(part.modules, f"{preset or part.tasks[0]} of lm_eval", part.package)
+    _need(part.modules, f"{preset or part.tasks[0]} of lm_eval", f"pip install {part.package}")
   names = [name for _, part in parts for name in part.tasks]
   from sparsejax.evaluation import harness_model  # imports what may not be installed
 
@@ -268,11 +268,11 @@ def _prefill_mode(options: Options, mode: str) -> str | None:
   return None if options.prefill_mode == mode else options.prefill_mode
 
 
-def _need(modules: Sequence[str], what: str, package: str) -> None:
+def _need(modules: Sequence[str], what: str, remedy: str) -> None:
   missing = [name for name in modules if importlib.util.find_spec(name) is None]
   if missing:
     raise errors.UserError(
-      f"{what} needs {' and '.join(missing)}, which is not installed; pip install {package}."
+      f"{what} needs {' and '.join(missing)}, which is not installed; {remedy}."
     )
 
 

@@ -256,7 +256,7 @@ def why_none() -> str | None:
   try:
     import matplotlib  # noqa: F401
   except ImportError:
-    return "pictures need the package matplotlib; install sparsejax[eval]."
+    return f"pictures need the package matplotlib; {errors.install('eval')}."
   return None
 
 

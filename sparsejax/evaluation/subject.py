@@ -10,7 +10,7 @@ import ml_collections
 
 import pallas_kernels
 from sparsejax import checkpoint, errors, model, parameters, sharding
-from sparsejax.configuration import build, overrides, record
+from sparsejax.configuration import build, checks, overrides, record
 from sparsejax.data import corpus as corpora
 from sparsejax.evaluation import extrapolation
 
@@ -74,8 +74,10 @@ def load(
     rope_scaling: in place of the config's; None is as trained.
 
   Raises:
-    ConfigError: an operation cannot run on what is asked for, or a budget is too small.
-    CheckpointError: no checkpoint, a damaged one, or data that are not its own.
+    ConfigError: an operation cannot run on what is asked for, a budget is too small, or a name
+      or number makes no sense.
+    CheckpointError: no checkpoint, a damaged one, one of another step, or data that are not
+      its own.
     DataError: the data are missing or have another tokenizer.
   """
   return with_params(
@@ -115,6 +117,12 @@ def describe(
   rope_scaling: extrapolation.RopeScaling | None = None,
 ) -> Subject:
   """What `load` gives, but that no parameters are read, and refuses but for damaged ones."""
+  if kernels not in (None, *(names := checks.CHOICES["attention.kernels"])):
+    raise errors.ConfigError(errors.one_of("kernels", str(kernels), names))
+  if sequence_length is not None and not (
+    isinstance(sequence_length, int) and sequence_length >= 1
+  ):
+    raise errors.ConfigError(f"{sequence_length=} is not a whole number from 1 up.")
   found = checkpoint.find(path, step)
   saved = checkpoint.read_record(found)
   config = record.restore(saved.config, template)

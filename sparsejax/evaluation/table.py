@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from sparsejax import errors
+from sparsejax import checkpoint, errors
 from sparsejax.configuration import build, record
 from sparsejax.evaluation import (
   compare,
@@ -108,7 +108,8 @@ def _plan(
     subject = subjects.describe(
       path,
       template,
-      step=request.step,
+      # Of several paths, one may be a checkpoint itself.
+      step=None if len(paths) > 1 and checkpoint.is_one(path) else request.step,
       sources=request.sources,
       sequence_length=request.sequence_length,
       kernels=request.kernels,

@@ -39,6 +39,7 @@ def check(request: requests.Request) -> None:
     UserError: an unknown name, or a number out of range.
   """
   _check_names(request)
+  _check_use(request)
   for task in request.tasks:
     if task not in TASKS:
       raise errors.ConfigError(errors.one_of("task", task, TASKS))
@@ -66,21 +67,20 @@ def check(request: requests.Request) -> None:
     needles.check_lengths(request.lengths)
   if "lm_eval" in request.tasks:
     harness.check(request.lm_eval)
-  _check_use(request)
 
 
 def _check_use(request: requests.Request) -> None:
   """Refuses settings that would be thought to count, and that nothing asked for reads."""
-  prefill_mode, tasks = request.lm_eval.prefill_mode, set(request.tasks)
-  if prefill_mode is not None and "lm_eval" not in tasks:
-    raise errors.ConfigError(
-      f"--prefill_mode={prefill_mode} is of texts that lm_eval has written, and --tasks="
-      f"{','.join(request.tasks)} has none; add lm_eval, or leave it out."
-    )
-  if request.spare and "sparse" not in request.modes and tasks.isdisjoint({"locality"}):
+  if request.spare and "sparse" not in request.modes and "locality" not in request.tasks:
     raise errors.ConfigError(
       f"--spare={','.join(map(str, request.spare))} is of lists under sparse inference; add "
       "sparse to --modes, or leave it out."
+    )
+  if (
+    request.sources and request.about_perplexity.corpus and set(request.tasks) == {"perplexity"}
+  ):
+    raise errors.ConfigError(
+      "--corpus and --sources are two texts for perplexity to be of; give one of them."
     )
 
 
@@ -90,9 +90,13 @@ def _check_names(request: requests.Request) -> None:
     if not getattr(request, flag):
       raise errors.ConfigError(f"--{flag}= names none; name one at least, or leave it out.")
   # No path is the working directory to pathlib.
-  for flag, paths in (("workdir", request.paths), ("compare", [request.compare])):
+  for flag, paths in (
+    ("workdir", request.paths),
+    ("compare", [request.compare]),
+    ("out", [request.out]),
+  ):
     if "" in paths:
-      raise errors.ConfigError(f"--{flag} has an empty path; name a checkpoint in its place.")
+      raise errors.ConfigError(f"--{flag} has an empty path; name one in its place.")
   for flag in ("tasks", "modes", "budgets", "lengths", "spare", "kv_gib"):
     given = getattr(request, flag)
     if twice := [x for i, x in enumerate(given) if x in given[:i]]:

@@ -74,8 +74,8 @@ class WeightsAndBiases:
       import wandb
     except ImportError:
       raise errors.ConfigError(
-        f"train.wandb_project={project!r} needs the package wandb; install sparsejax[wandb], "
-        "or set it to none."
+        f"train.wandb_project={project!r} needs the package wandb; "
+        f"{errors.install('wandb')}, or set it to none."
       ) from None
     self._run = wandb.init(
       project=project,

@@ -30,7 +30,7 @@ from tests.pallas_kernels import problems
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(
-  importlib.util.find_spec("triton") is None, reason="needs the extra: sparsejax[triton]"
+  importlib.util.find_spec("triton") is None, reason="needs jax-triton, the extra triton"
 )
 only_compiled = pytest.mark.skipif(IS_INTERPRETED, reason="Triton interprets in this process")
 TYPES = {"bfloat16": "bf16", "float32": "fp32", "int32": "i32"}
@@ -133,7 +133,7 @@ def test_every_pair_of_a_unit_and_a_block_is_in_one_chunk(lists):
     (dict(d=96), "takes head sizes (32, 64, 128), not 96"),
     (dict(block_size=8), "takes blocks of (16, 32, 64, 128) keys, not 8"),
     (dict(heads=33), "takes up to 32 query heads per key head, not 33"),
-    (dict(installed=False), "needs the extra: pip install 'sparsejax[triton]'"),
+    (dict(installed=False), "needs jax-triton: pip install -e '.[triton]' in the repository"),
     (dict(dtype=jnp.float32), None),
     (dict(), None),
   ],

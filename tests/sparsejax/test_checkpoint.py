@@ -219,6 +219,9 @@ def test_parameters_alone(tmp_path):
   assert checkpoint.describe_params(path) == shapes
   with pytest.raises(errors.CheckpointError, match="has no step 7; it has"):
     checkpoint.find(tmp_path, 7)
+  assert checkpoint.find(path, int(path.name)) == path
+  with pytest.raises(errors.CheckpointError, match="is one checkpoint, and step=7 asks for an"):
+    checkpoint.find(path, 7)
   with pytest.raises(errors.CheckpointError, match="holds no checkpoint"):
     checkpoint.find(tmp_path / "elsewhere")
   wrong = make_abstract({"w": jnp.zeros((8, 6)), "b": {"d": jnp.zeros(3)}})

@@ -284,7 +284,7 @@ def test_a_table_without_the_column_is_refused(tmp_path, key, message):
 def test_a_missing_package_is_named(tmp_path, monkeypatch, ending, package):
   path = write(tmp_path, f"a.{ending}", b"")
   monkeypatch.setitem(sys.modules, package, None)
-  message = rf"needs the package {package}; install sparsejax\[data\]"
+  message = rf"needs the package {package}; pip install -e '\.\[data\]'"
   with pytest.raises(errors.DataError, match=message):
     read(path)
 

@@ -173,6 +173,8 @@ def test_no_prompt_no_text():
     ([[1]], dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
     ([[1]], dict(max_new_tokens=2.5), "max_new_tokens=2.5 is not a whole number"),
     ([[1]], dict(rows=0), "rows=0 must be at least 1"),
+    ([[1]], dict(stop_ids=(2, None)), "an id of stop_ids=None is not a whole number"),
+    ([[1]], dict(stop_ids=(9999,)), "an id of stop_ids=9999 must be at most"),
     ([[1]], dict(seed=2**32), "seed=4294967296 must be at most 4294967295"),
     ([[1]], dict(seed=-1), "seed=-1 must be at least 0"),
     ([[1]], dict(num_ids=0), "num_ids=0 must be at least 1"),

@@ -32,13 +32,17 @@ def test_words_are_a_scaling():
   [
     (["lama3"], r"unknown --rope_scaling 'lama3'\. Did you mean 'llama3'\?"),
     (["factor=4"], r"unknown --rope_scaling 'factor=4'.*There are: default, llama3"),
+    (
+      ["llama3", "factor=4", "factor=8"],
+      "--rope_scaling=llama3,factor=4,factor=8 has factor twice",
+    ),
     (["llama3", "facter=4"], r"unknown value of --rope_scaling 'facter'.*mean 'factor'"),
     (["llama3", "factor"], r"factor takes a number"),
     (["llama3", "factor=four"], r"factor=four takes a number"),
     (["llama3", "original_max_position_embeddings=1.5"], r"=1\.5 takes a whole number"),
-    (["llama3", "factor=0"], r"factor=0\.0 must be above 0"),
-    (["llama3", "factor=inf"], r"factor=inf must be above 0"),
-    (["llama3", "factor=nan"], r"factor=nan must be above 0"),
+    (["llama3", "factor=0"], r"factor=0\.0 must be a finite number above 0"),
+    (["llama3", "factor=inf"], r"factor=inf must be a finite number above 0"),
+    (["llama3", "factor=nan"], r"factor=nan must be a finite number above 0"),
     (["default", "factor=4"], r"=default stretches nothing and has no factor; take llama3"),
   ],
 )

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("plain_report")
 
 
 def need_harness():
-  return pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'sparsejax[eval]'")
+  return pytest.importorskip("lm_eval", reason="needs lm_eval, of the extra eval")
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_what_a_preset_needs_is_named(monkeypatch):
 
 def test_without_the_harness_its_installation_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(errors.UserError, match=r"lm_eval.* pip install 'sparsejax\[eval\]'"):
+  with pytest.raises(errors.UserError, match=r"lm_eval.* pip install -e '\.\[eval\]' in"):
     harness.check(harness.Options(tasks=("piqa",)))
 
 

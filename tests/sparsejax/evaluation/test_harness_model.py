@@ -15,7 +15,7 @@ from sparsejax.data import tokenizers
 from tests import small
 from tests.sparsejax.evaluation import harness_files
 
-pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'sparsejax[eval]'")
+pytest.importorskip("lm_eval", reason="needs lm_eval, of the extra eval")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -63,5 +63,7 @@ def test_a_map_has_depths_down_and_lengths_across(tmp_path, monkeypatch):
 
 def test_without_matplotlib_there_are_no_maps_and_it_is_said(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "matplotlib", None)
-  assert re.match(r"no maps: .* matplotlib; install", show.draw(CELLS, tmp_path / "needle"))
+  assert re.match(
+    r"no maps: .* matplotlib; pip install -e", show.draw(CELLS, tmp_path / "needle")
+  )
   assert not (tmp_path / "needle").exists()

@@ -245,7 +245,7 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
 
   run = report.read(make_workdir(tmp_path))
   monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-  with pytest.raises(errors.UserError, match=r"matplotlib; install sparsejax\[eval\]"):
+  with pytest.raises(errors.UserError, match=r"matplotlib; pip install -e '\.\[eval\]'"):
     report.write([run], tmp_path / "out")
 
 

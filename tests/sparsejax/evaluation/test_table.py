@@ -57,6 +57,32 @@ def test_a_checkpoint_is_restored_from_its_own_config(saved):
   assert dict(subject.mesh.shape) == dict(data=8, fsdp=1, tensor=1)
 
 
+@pytest.mark.parametrize(
+  ("asked", "message"),
+  [
+    (dict(kernels="fast"), "unknown kernels 'fast'"),
+    (dict(sequence_length=0), "sequence_length=0 is not a whole number from 1 up"),
+    (dict(sequence_length="64"), "sequence_length='64' is not a whole number"),
+  ],
+)
+def test_a_mistake_in_a_notebook_is_named(saved, asked, message):
+  with pytest.raises(errors.ConfigError, match=message):
+    subjects.load(saved[0], base.get_config(), **asked)
+
+
+def test_a_step_is_that_of_workdirs(saved, tmp_path, monkeypatch):
+  """A checkpoint beside them has its own; alone it is refused another."""
+  monkeypatch.setattr(
+    tasks.perplexity, "plan", lambda *args, **kwargs: plans.Plan((), lambda _: None)
+  )
+  one = saved[0] / "checkpoints" / "1"
+  request = requests.Request(path=(saved[0], one), step=5, out=tmp_path)
+  asked, _ = table._plan(request, base.get_config())
+  assert [x.subject.step for x in asked] == [5, 1]
+  with pytest.raises(errors.CheckpointError, match="is one checkpoint, and step=5 asks for"):
+    table._plan(requests.Request(path=one, step=5), base.get_config())
+
+
 def test_an_earlier_step_and_longer_rows_can_be_asked_for(saved):
   workdir, state = saved
   subject = subjects.load(workdir, base.get_config(), step=1, sequence_length=128)
@@ -155,13 +181,14 @@ def test_a_place_without_checkpoint_is_refused(tmp_path):
     (dict(lengths=(64, 64)), "--lengths=64,64 names 64 twice"),
     (dict(path=("a", "")), "--workdir has an empty path"),
     (dict(compare=""), "--compare has an empty path"),
+    (dict(out=""), "--out has an empty path"),
+    (
+      dict(sources=("a",), about_perplexity=protocols.Settings(corpus=("b",))),
+      "--corpus and --sources are two texts for perplexity",
+    ),
     (
       dict(tasks=("lm_eval",), lm_eval=harness.Options(tasks=("piqa", "piqa"))),
       "--lm_eval_tasks=piqa,piqa names a task twice",
-    ),
-    (
-      dict(lm_eval=harness.Options(prefill_mode="full")),
-      "--prefill_mode=full is of texts that lm_eval has written, and --tasks=perplexity",
     ),
     (
       dict(tasks=("throughput",), modes=("full",), spare=(8, 16)),

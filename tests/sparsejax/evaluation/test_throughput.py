@@ -194,7 +194,7 @@ def test_without_matplotlib_the_table_is_kept_and_it_is_said(workdir, tmp_path, 
   monkeypatch.setitem(sys.modules, "matplotlib", None)
   request = short_request(workdir, tmp_path, modes=("full",), batch_size=1)
   text, _ = table.run(request, base.get_config())
-  assert "no picture: pictures need the package matplotlib; install sparsejax[eval]." in text
+  assert "no picture: pictures need the package matplotlib; pip install -e '.[eval]' in" in text
   (cell,) = json.loads((tmp_path / "throughput.json").read_text())["cells"]
   assert (cell["mode"], cell["context"]) == ("full", CONTEXT)
 

@@ -105,8 +105,8 @@ def test_weights_and_biases_is_an_extra(monkeypatch, tmp_path):
 
   monkeypatch.setattr(builtins, "__import__", without_wandb)
   message = (
-    r"train.wandb_project='mine' needs the package wandb; install sparsejax\[wandb\], or set "
-    r"it to none\."
+    r"train.wandb_project='mine' needs the package wandb; pip install -e "
+    r"'\.\[wandb\]' in .*, or set it to none\."
   )
   with pytest.raises(errors.ConfigError, match=message):
     metrics.WeightsAndBiases("mine", tmp_path, {})
