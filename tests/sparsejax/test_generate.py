@@ -16,6 +16,7 @@ from tests import small
   ("arguments", "message"),
   [
     (["--prompt=a", "--prompt_file=b"], "--prompt and --prompt_file are two prompts; give one"),
+    (["--prompt_file="], "--prompt_file has an empty path; name a file, or -"),
     (["--prompt_file=no/such/file"], "--prompt_file=no/such/file cannot be read"),
     (["--num_texts=0"], "--num_texts=0 must be at least 1"),
     (["--prompt=ab\udcff"], "--prompt is not UTF-8; give such text in a --prompt_file"),
@@ -121,6 +122,25 @@ def test_progress_is_told_of_every_token_and_of_the_end(asked, monkeypatch, erro
   monkeypatch.setattr(generate.shows, "Progress", Progress)
   generate.main(["--workdir=run", "--prompt=ab", "--num_texts=2", "--max_new_tokens=9"])
   assert told == [(2, 9, 3)] + ["token"] * (6 if error is None else 1) + ["end"]
+
+
+def test_standard_input_may_be_closed_or_a_stand_in(asked, monkeypatch, capsys):
+  monkeypatch.setattr(generate.sys, "stdin", None)
+  assert generate.main(["--workdir=run", "--prompt_file=-"]) == 2
+  said = capsys.readouterr().err
+  assert said == "error: --prompt_file=- cannot be read: there is no standard input\n"
+  monkeypatch.setattr(generate.sys, "stdin", io.StringIO("ab"))
+  assert generate.main(["--workdir=run", "--prompt_file=-"]) == 0
+  assert asked[0]["prompts"][0][1:] == [*b"ab"]
+
+
+def test_the_last_line_says_what_changes_a_text(asked, capsys):
+  arguments = ["--workdir=run", "--prompt=ab", "--prefill_mode=full", "--rope_scaling=default"]
+  generate.main(arguments)
+  said = capsys.readouterr().err
+  assert "step 7 of run, sparse at 24 keys, prompt full, RoPE default, seed 0\n" in said
+  generate.main([*arguments, "--mode=full", "--seed=3"])
+  assert "step 7 of run, full, RoPE default, seed 3\n" in capsys.readouterr().err
 
 
 def test_what_is_not_asked_for_is_as_trained(asked):
