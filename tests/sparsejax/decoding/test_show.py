@@ -5,26 +5,12 @@ import io
 import pytest
 
 from sparsejax.decoding import show
+from tests.terminal import Clock, Terminal
 
 
 def decode(ids):
   """Ids are bytes."""
   return bytes(ids).decode("utf-8", errors="replace")
-
-
-class Clock:
-  """Seconds that pass when told."""
-
-  def __init__(self):
-    self.now = 100.0
-
-  def __call__(self):
-    return self.now
-
-
-class Terminal(io.StringIO):
-  def isatty(self):
-    return True
 
 
 @pytest.fixture

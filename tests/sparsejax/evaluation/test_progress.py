@@ -5,21 +5,7 @@ import io
 import pytest
 
 from sparsejax.evaluation import progress
-
-
-class Clock:
-  """Seconds that pass when told."""
-
-  def __init__(self):
-    self.now = 100.0
-
-  def __call__(self):
-    return self.now
-
-
-class Terminal(io.StringIO):
-  def isatty(self):
-    return True
+from tests.terminal import Clock, Terminal
 
 
 def test_units_of_a_task_are_taken_to_be_alike():
