@@ -18,7 +18,7 @@ from absl import app, flags
 from configs import base
 from sparsejax import command_line, errors
 from sparsejax.data import documents
-from sparsejax.evaluation import extrapolation, harness, table
+from sparsejax.evaluation import extrapolation, harness, table, tasks
 from sparsejax.evaluation import request as requests
 from sparsejax.evaluation.needles import haystacks
 from sparsejax.evaluation.needles import task as needles
@@ -206,12 +206,14 @@ def main(arguments: list[str]) -> int:
 
 def _refuse_idle() -> None:
   """Raises for flags that were given and that no task would read."""
-  for tasks, own in OF_TASKS.items():
+  if not set(TASKS.value) <= tasks.TASKS.keys():
+    return  # a name that is wrong is the greater mistake, and refused with those that there are
+  for readers, own in OF_TASKS.items():
     given = [flag.name for flag in own if flags.FLAGS[flag.name].present]
-    if given and not set(tasks) & set(TASKS.value):
+    if given and not set(readers) & set(TASKS.value):
       raise errors.ConfigError(
-        f"--{given[0]} is of {' and '.join(tasks)}, and --tasks={','.join(TASKS.value)} asks "
-        f"nothing of that; add {' or '.join(tasks)} there, or leave it out."
+        f"--{given[0]} is of {' and '.join(readers)}, and --tasks={','.join(TASKS.value)} asks "
+        f"nothing of that; add {' or '.join(readers)} there, or leave it out."
       )
 
 

@@ -12,6 +12,7 @@ import pallas_kernels
 from sparsejax import checkpoint, errors, model, parameters, sharding
 from sparsejax.configuration import build, checks, overrides, record
 from sparsejax.data import corpus as corpora
+from sparsejax.decoding import checks as numbers
 from sparsejax.evaluation import extrapolation
 
 
@@ -118,11 +119,9 @@ def describe(
 ) -> Subject:
   """What `load` gives, but that no parameters are read, and refuses but for damaged ones."""
   if kernels not in (None, *(names := checks.CHOICES["attention.kernels"])):
-    raise errors.ConfigError(errors.one_of("kernels", str(kernels), names))
-  if sequence_length is not None and not (
-    isinstance(sequence_length, int) and sequence_length >= 1
-  ):
-    raise errors.ConfigError(f"{sequence_length=} is not a whole number from 1 up.")
+    raise errors.ConfigError(errors.one_of("--kernels", str(kernels), names))
+  if sequence_length is not None:
+    numbers.whole("--sequence_length", sequence_length, least=1)
   found = checkpoint.find(path, step)
   saved = checkpoint.read_record(found)
   config = record.restore(saved.config, template)

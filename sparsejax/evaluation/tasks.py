@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from sparsejax import errors
-from sparsejax.configuration import build, checks
+from sparsejax.configuration import build
 from sparsejax.evaluation import (
   block_lists,
   decode_timing,
@@ -46,20 +46,12 @@ def check(request: requests.Request) -> None:
   for mode in request.modes:
     if mode not in perplexity.MODES:
       raise errors.ConfigError(errors.one_of("mode", mode, perplexity.MODES))
-  kernels = checks.CHOICES["attention.kernels"]
-  if request.kernels not in (None, *kernels):
-    raise errors.ConfigError(errors.one_of("--kernels", request.kernels, kernels))
   short = [length for length in request.lengths if length < 1]
   if short:
     raise errors.ConfigError(f"--lengths={short[0]} must be at least 1.")
-  for flag, least in (
-    ("sequence_length", 1),
-    ("max_rows", 0),
-    ("batch_size", 0),
-    ("num_steps", 2),
-  ):
+  for flag, least in (("max_rows", 0), ("batch_size", 0), ("num_steps", 2)):
     number = getattr(request, flag)
-    if number is not None and number < least:
+    if number < least:
       raise errors.ConfigError(f"--{flag}={number} must be at least {least}.")
   if "perplexity" in request.tasks:
     request.about_perplexity.check()

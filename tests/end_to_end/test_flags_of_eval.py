@@ -123,7 +123,9 @@ def test_what_is_not_given_is_as_the_library_has_it(environment):
       "needle_kinds haystack depths questions seed lm_eval_tasks lm_eval_path num_fewshot "
       "limit prefill_mode",
     ),
-    # Packed rows have no stride, which is another error.
+    # Packed rows have no stride, which is another error; so is an unknown task, which is told
+    # with the names that there are.
+    ("sparsty", "stride"),
     ("perplexity,throughput,needle,lm_eval", "stride"),
   ],
 )

@@ -60,8 +60,8 @@ def test_a_checkpoint_is_restored_from_its_own_config(saved):
 @pytest.mark.parametrize(
   ("asked", "message"),
   [
-    (dict(kernels="fast"), "unknown kernels 'fast'"),
-    (dict(sequence_length=0), "sequence_length=0 is not a whole number from 1 up"),
+    (dict(kernels="fast"), "unknown --kernels 'fast'"),
+    (dict(sequence_length=0), "--sequence_length=0 must be at least 1"),
     (dict(sequence_length="64"), "sequence_length='64' is not a whole number"),
   ],
 )
