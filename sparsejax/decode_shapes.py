@@ -102,6 +102,8 @@ def run(asked: argparse.Namespace, changes: list[str]) -> int:
       _say(markdown.align(decode_timing.rows([cell])).splitlines()[-1])
       for kernel in cell.kernels[:30]:
         _say(f"  {kernel.microseconds:9.1f} us {kernel.calls:6.1f} x {kernel.name[:90]}")
+      if cell.fetch_rate is not None:
+        _say(f"  pages came at {cell.fetch_rate / 1e9:.1f} GB/s")
     del params
     gc.collect()
   text = markdown.align(decode_timing.rows(cells))

@@ -48,26 +48,32 @@ def why_not(stores) -> str | None:
 
 
 def fetch_pages(stores, slots, pages_R, rows_R, interpret=None):
-  return _replace(slots, stores, pages_R, rows_R, interpret)
+  if interpret:
+    return _move("fetch_pages", slots, stores, pages_R, rows_R, interpret)
+  return in_place.replace(_fetch, slots, *stores, pages_R, rows_R)
 
 
 def write_pages(stores, slots, pages_R, rows_R, interpret=None):
-  return _replace(stores, slots, rows_R, pages_R, interpret)
-
-
-def _replace(targets, sources, from_R, to_R, interpret):
   if interpret:
-    return _move(targets, sources, from_R, to_R, interpret=interpret)
-  return in_place.replace(_move_into, targets, *sources, from_R, to_R)
+    return _move("write_pages", stores, slots, rows_R, pages_R, interpret)
+  return in_place.replace(_write, stores, *slots, rows_R, pages_R)
 
 
-def _move_into(targets, *others):
-  *sources, from_R, to_R = others
-  return _move(targets, sources, from_R, to_R)
+def _fetch(slots, *others):
+  *stores, pages_R, rows_R = others
+  return _move("fetch_pages", slots, stores, pages_R, rows_R)
 
 
-def _move(targets, sources, from_R, to_R, interpret=None):
-  """The targets with `targets[to_R[r]] = sources[from_R[r]]` for every entry r."""
+def _write(stores, *others):
+  *slots, rows_R, pages_R = others
+  return _move("write_pages", stores, slots, rows_R, pages_R)
+
+
+def _move(name, targets, sources, from_R, to_R, interpret=None):
+  """The targets with `targets[to_R[r]] = sources[from_R[r]]` for every entry r.
+
+  Each way has a name of its own, by which the trace of a program tells them apart.
+  """
   n, num_sources, num_targets = len(sources), sources[0].shape[0], targets[0].shape[0]
   copy = _copy_arrays if interpret else _copy_bytes
 
@@ -86,7 +92,7 @@ def _move(targets, sources, from_R, to_R, interpret=None):
     body,
     grid=(to_R.size,),
     grid_names=("entry",),
-    kernel_name="move_pages",
+    kernel_name=name,
     interpret=interpret,
   )(from_R, to_R, *sources, *target_refs)
   return tuple(jax.freeze(ref) for ref in target_refs)

@@ -42,6 +42,8 @@ class Cell:
     peak_bytes: of the device since the program began, all told; None where it does not say.
     num_steps: that were timed.
     kernels: where the time of a step went, the longest first; () if nobody asked.
+    fetch_rate: bytes a second while pages were fetched, in the steps whose kernels these are;
+      None where no kernel of its own fetched any.
     backends: what moved and read pages.
   """
 
@@ -62,6 +64,7 @@ class Cell:
   peak_bytes: int | None
   num_steps: int
   kernels: tuple[kernel_times.KernelTime, ...] = ()
+  fetch_rate: float | None = None
   backends: tuple[str, ...] = ()
 
 
@@ -150,6 +153,7 @@ def measure(
 
       kernels = kernel_times.of_steps(trace, num_traced)
     counts = [x - y for x, y in zip(after, before, strict=True)]
+    _, num_fetched = [x - y for x, y in zip(_counts(cache), after, strict=True)]
   room, tokens = cache.room, num_steps * len(ids_B)
   spec = caches.spec(transformer, stream, room)
   stats = jax.local_devices()[0].memory_stats() or {}
@@ -168,6 +172,7 @@ def measure(
     peak_bytes=stats.get("peak_bytes_in_use"),
     num_steps=num_steps,
     kernels=tuple(kernels),
+    fetch_rate=fetch_rate(kernels, num_fetched * _page_bytes(spec), num_traced),
     **moved,
   )
   return cell, cache
@@ -220,8 +225,7 @@ def _moved(transformer, room: pages.Room, spec, counts, begin: int, num_steps: i
     return dict.fromkeys(names)
   hits, misses = counts
   heads = transformer.shape.num_hidden_layers * room.num_kv_heads
-  host = [x for x in jax.tree.leaves(spec) if x.sharding is not None]
-  page_bytes = sum(x.dtype.itemsize * x.size // x.shape[0] for x in host)
+  page_bytes = _page_bytes(spec)
   num_full = (begin + num_steps) // room.page_size - begin // room.page_size
   per_token = 1 / (num_steps * room.batch)
   return dict(
@@ -230,6 +234,20 @@ def _moved(transformer, room: pages.Room, spec, counts, begin: int, num_steps: i
     fetched_bytes=misses * page_bytes * per_token,
     written_bytes=num_full * heads * page_bytes / num_steps,
   )
+
+
+def _page_bytes(spec) -> int:
+  """Of all that a page on the host has."""
+  host = [x for x in jax.tree.leaves(spec) if x.sharding is not None]
+  return sum(x.dtype.itemsize * x.size // x.shape[0] for x in host)
+
+
+def fetch_rate(
+  kernels: Sequence[kernel_times.KernelTime], num_bytes: int, num_steps: int
+) -> float | None:
+  """Bytes a second while kernels fetched so many in so many steps; None where none did."""
+  microseconds = sum(x.microseconds for x in kernels if x.name.startswith("fetch_pages"))
+  return 1e6 * num_bytes / num_steps / microseconds if microseconds else None
 
 
 def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:

@@ -132,7 +132,7 @@ def test_no_row_is_full_while_it_is_timed(workdir, monkeypatch):
   assert lengths == [(24 + WARM + 6, 40)]
 
 
-def recorded_cell(lists, num_steps):
+def recorded_cell(lists, num_steps, num_traced=0):
   """Of a cache with four slots for pages of 8, whose tokens read what `lists` says."""
   transformer = small.make_model(
     attention__method="nosa", attention__num_blocks=4, nosa__num_query_aware=1
@@ -151,6 +151,7 @@ def recorded_cell(lists, num_steps):
     mesh=mesh,
     num_steps=num_steps,
     num_warm=4,
+    num_traced=num_traced,
     lists_SLBKM=jnp.asarray(lists, jnp.int32),
   )
   return cell
@@ -166,6 +167,30 @@ def test_recorded_lists_are_read_in_place_of_those_that_are_chosen():
   assert cell.fetched_bytes == 2 * 2 * 2 * page  # misses, layers, heads
   # From 44 tokens to 48: one page is full for each layer and head.
   assert cell.written_bytes == 2 * 2 * page / 4
+
+
+def test_the_rate_of_fetching_is_of_the_steps_that_were_traced(monkeypatch):
+  """Their bytes by their time: the one traced misses a page, the three timed before it four."""
+
+  def trace(run, num_steps):
+    run()
+    names = "fetch_pages_mosaic_gpu_kernel", "write_pages_mosaic_gpu_kernel", "fusion"
+    return [kernel_times.KernelTime(name, 40.0 / num_steps, 2.0) for name in names]
+
+  monkeypatch.setattr(kernel_times, "of_steps", trace)
+  lists = [[0, 1, 2, 5], [3, 4, 2, 5], [3, 4, 2, 5], [3, 4, 1, 5]]
+  # Warm until step 3, timed until step 6, which two pages, two and none are missed at.
+  lists = np.reshape(lists[:2] * 2 + lists, (8, 1, 1, 1, 4))
+  cell = recorded_cell(lists, num_steps=3, num_traced=1)
+  page = 2 * 8 * 8 * 4 + 8 * 4
+  assert cell.fetch_rate == pytest.approx(2 * 2 * 2 * page / 40e-6)  # rows, layers, heads
+  assert cell.misses == pytest.approx(4 / 3)
+
+
+def test_without_a_kernel_that_fetches_there_is_no_rate():
+  other = [kernel_times.KernelTime("fusion", 5.0, 1.0)]
+  assert decode_timing.fetch_rate(other, num_bytes=100, num_steps=1) is None
+  assert decode_timing.fetch_rate([], num_bytes=0, num_steps=0) is None
 
 
 def test_rows_are_as_many_as_fit():
