@@ -1,6 +1,7 @@
 """Refuses configurations that contradict themselves, before any device is touched."""
 
 from collections.abc import Iterator
+import math
 
 import ml_collections
 
@@ -119,6 +120,24 @@ def _model(config) -> Iterator[str]:
     yield (
       f"model.head_dim={config.model.head_dim} is odd; rotary embeddings turn pairs of "
       "channels, so take an even number."
+    )
+  own = config.model.rope_scaling
+  yield from (f"model.rope_scaling.{problem}" for problem in rope_scaling(own))
+
+
+def rope_scaling(own: ml_collections.ConfigDict) -> Iterator[str]:
+  """What is wrong with a `model.rope_scaling`; of type `default` no number is read."""
+  if own.rope_type == "default":
+    return
+  if not 1 <= own.factor < math.inf:
+    yield f"factor={own.factor} must be a finite number from 1 up: contexts become longer."
+  if own.original_max_position_embeddings < 1:
+    number = own.original_max_position_embeddings
+    yield f"original_max_position_embeddings={number} must be at least 1."
+  if not 0 < own.low_freq_factor < own.high_freq_factor < math.inf:
+    yield (
+      f"low_freq_factor={own.low_freq_factor} must be above 0 and below "
+      f"high_freq_factor={own.high_freq_factor}, a finite number."
     )
 
 

@@ -269,9 +269,9 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
         f"{cell.tokens_per_second:,.0f}",
         f"{cell.milliseconds:.2f}",
         "-" if cell.hit_rate is None else f"{cell.hit_rate:.1%}",
-        "-" if cell.fetched_bytes is None else f"{cell.fetched_bytes / 2**20:.2f} MiB",
-        f"{cell.device_bytes / 2**30:.2f} GiB",
-        f"{cell.host_bytes / 2**30:.2f} GiB",
+        "-" if cell.fetched_bytes is None else caches.in_words(cell.fetched_bytes),
+        caches.in_words(cell.device_bytes),
+        caches.in_words(cell.host_bytes) if cell.host_bytes else "-",
       )
       for cell in cells
     ),

@@ -34,11 +34,6 @@ class RopeScaling:
     if self.rope_type not in _TYPES:
       raise errors.ConfigError(errors.one_of("--rope_scaling", self.rope_type, _TYPES))
     given = {key: value for key, value in self.given.items() if key != "rope_type"}
-    for key, value in given.items():
-      if not 0 < value < math.inf:
-        raise errors.ConfigError(
-          f"--rope_scaling: {key}={value} must be a finite number above 0."
-        )
     if self.rope_type == "default" and given:
       raise errors.ConfigError(
         f"--rope_scaling=default stretches nothing and has no {', '.join(given)}; take llama3."
@@ -54,7 +49,8 @@ def parse(words: Sequence[str]) -> RopeScaling | None:
   """`["llama3", "factor=4"]` as a scaling; None of no words.
 
   Raises:
-    ConfigError: an unknown type or name, or a value that is no number.
+    ConfigError: an unknown type or name, or a value that is no number; `apply` refuses
+      numbers that make no sense.
   """
   if not words:
     return None
@@ -95,11 +91,8 @@ def apply(config: ml_collections.ConfigDict, scaling: RopeScaling, trained_lengt
     # Without scaling the config's number was never read.
     values = {"original_max_position_embeddings": trained_length} | values
   own.update(values)
-  if own.rope_type != "default" and own.low_freq_factor >= own.high_freq_factor:
-    raise errors.ConfigError(
-      f"--rope_scaling: low_freq_factor={own.low_freq_factor} must be below "
-      f"high_freq_factor={own.high_freq_factor}."
-    )
+  if problems := list(checks.rope_scaling(own)):
+    raise errors.ConfigError("\n".join(f"--rope_scaling: {problem}" for problem in problems))
 
 
 def reach(config: ml_collections.ConfigDict, trained_length: int) -> int:

@@ -96,9 +96,12 @@ def choose_lengths(protocol: str, lengths: Sequence[int], row_length: int) -> tu
   usual = dict(pg19=_PG19_LENGTHS, wikitext=(_WIKITEXT_LENGTH,)).get(protocol, (row_length,))
   fits = tuple(length for length in usual if length <= row_length)
   if not fits:
+    shorter = f"--lengths={row_length}"
+    if protocol == "pg19" and row_length < _PG19_STRIDE:
+      shorter += f" --stride={row_length}"
     raise errors.ConfigError(
       f"--protocol={protocol} reads windows of {usual[0]} tokens, and the model's rows have "
-      f"{row_length}; take --lengths={row_length}, or --sequence_length={usual[0]} to ask "
+      f"{row_length}; take {shorter}, or --sequence_length={usual[0]} to ask "
       "beyond what it was trained on."
     )
   return fits

@@ -77,6 +77,16 @@ def test_numbers_that_may_be_none_begin_at_zero(key):
       "take 1 or 2 or 3 or 6 key/value heads.",
     ),
     (
+      ["model.rope_scaling.rope_type=llama3", "model.rope_scaling.factor=0.5"],
+      "model.rope_scaling.factor=0.5 must be a finite number from 1 up: contexts become "
+      "longer.",
+    ),
+    (
+      ["model.rope_scaling.rope_type=llama3", "model.rope_scaling.low_freq_factor=8"],
+      "model.rope_scaling.low_freq_factor=8.0 must be above 0 and below "
+      "high_freq_factor=4.0, a finite number.",
+    ),
+    (
       ["model.head_dim=33"],
       "model.head_dim=33 is odd; rotary embeddings turn pairs of channels, so take an even "
       "number.",
@@ -287,6 +297,8 @@ def test_a_contradiction_names_values_limits_and_remedy(assignments, message):
   [
     ["ssa.full_ratio=0"],
     ["ssa.full_ratio=1"],
+    ["model.rope_scaling.rope_type=llama3", "model.rope_scaling.factor=1"],
+    ["model.rope_scaling.factor=0"],  # which type `default` does not read
     ["model.num_key_value_heads=4"],
     ["data.sequence_length=240"],
     ["attention.num_blocks=16"],

@@ -64,6 +64,12 @@ def test_every_mode_budget_length_and_place_of_pages_has_a_cell(workdir):
     assert cell.tokens_per_second > 0
     assert "pages: " in cell.backends[0]
     assert (cell.host_bytes > 0) == (cell.misses is not None) == (cell.num_slots is not None)
+  sizes = {name: i for i, name in enumerate(decode_timing.rows(cells)[0])}
+  for cell, row in zip(cells, decode_timing.rows(cells)[1:], strict=True):
+    assert row[sizes["KV on device"]] == caches.in_words(cell.device_bytes)
+    # Small ones in small units; none where pages have no place on the host.
+    expected = "-" if cell.num_slots is None else f"{cell.host_bytes / 2**10:.2f} KiB"
+    assert row[sizes["KV on host"]] == expected
 
 
 def make_decoder(subject, rows):

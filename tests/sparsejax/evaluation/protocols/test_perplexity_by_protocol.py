@@ -396,7 +396,7 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
   ("protocol", "options", "message"),
   [
     ("sliding", dict(lengths=(8, 64)), r"--lengths=64 exceeds the model's rows of 32 tokens"),
-    ("pg19", dict(), r"--protocol=pg19 reads windows of 4096 tokens, and .* --lengths=32,"),
+    ("pg19", dict(), r"=pg19 reads windows of 4096 tokens, .* --lengths=32 --stride=32,"),
     ("wikitext", dict(), r"--protocol=wikitext reads windows of 8192 tokens"),
     ("pg19", dict(lengths=(32,)), r"a stride of 256 exceeds windows of 32 tokens.*--stride=32"),
     ("sliding", dict(lengths=(8,), stride=9), r"a stride of 9 exceeds windows of 8 tokens"),
@@ -406,6 +406,15 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 def test_what_a_model_cannot_be_asked_is_refused(corpus, protocol, options, message):
   with pytest.raises(errors.ConfigError, match=message):
     ask(make_subject(), corpus, protocol, **options)
+
+
+def test_a_remedy_leads_to_no_other_refusal():
+  """Rows shorter than the protocol's stride need one of their own, longer ones do not."""
+  for row_length, remedy in ((255, "--lengths=255 --stride=255,"), (256, "--lengths=256,")):
+    with pytest.raises(errors.ConfigError, match=f"take {remedy} or"):
+      protocols.choose_lengths("pg19", (), row_length)
+  assert protocols.choose_stride("pg19", None, 256) == 256
+  assert protocols.choose_stride("pg19", 255, 255) == 255
 
 
 def test_data_without_text_are_refused():
