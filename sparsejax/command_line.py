@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import io
 import logging as python_logging
 import sys
 
@@ -40,6 +41,7 @@ def friendly(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
   @functools.wraps(main)
   def run(arguments: list[str]) -> int:
     _quiet()
+    _write_anything()
     try:
       return main(arguments)
     except errors.UserError as error:
@@ -58,3 +60,9 @@ def _quiet() -> None:
   """Keeps libraries' chatter off the screen; warnings and errors stay."""
   logging.set_verbosity(logging.WARNING)
   python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+
+
+def _write_anything() -> None:
+  """Has a mark written for characters that a terminal does not know."""
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")

@@ -245,28 +245,34 @@ def check_slots(
     )
   if mesh.size > 1:
     raise errors.ConfigError(
-      f"num_slots={room.num_slots} puts pages in the host's memory, which takes one device and "
-      f"not {mesh.size}; hide the others with CUDA_VISIBLE_DEVICES."
+      f"pages in the host's memory (offload='always', or num_slots) take one device and not "
+      f"{mesh.size}; hide the others with CUDA_VISIBLE_DEVICES, or keep pages on the devices."
     )
 
 
-def check_size(spec: Cache, limit: int | None, host_limit: int | None) -> None:
+def check_size(
+  spec: Cache, limit: int | None, host_limit: int | None, *, beside: int = 0
+) -> None:
   """Checks that a cache fits beside what a device already holds, and on the host.
 
   Args:
     spec: shapes of the cache.
     limit: free bytes of the device; None where that is not known.
     host_limit: likewise of pinned memory of the host.
+    beside: bytes of the device that a prompt takes while it is read.
 
   Raises:
     UserError: it does not.
   """
   rows, needed = spec.lengths_B.shape[0], num_bytes(spec)
-  if limit is not None and needed > limit:
-    fit = max(1, rows * limit // needed)
+  if limit is not None and needed + beside > limit:
+    fit = rows * max(0, limit - beside) // needed
+    remedy = f"decode {fit} rows at a time, or shorter ones" if fit else "decode shorter rows"
+    own = f"a cache of {rows} rows takes {in_words(needed)}"
+    if beside:
+      own += f", a prompt that is read {in_words(beside)}"
     raise errors.UserError(
-      f"a cache of {rows} rows takes {in_words(needed)} and the device has "
-      f"{in_words(limit)} free; decode {fit} rows at a time, or shorter ones."
+      f"{own}, and the device has {in_words(max(0, limit))} free; {remedy}."
     )
   pinned.check(_sizes(spec, is_host=True), rows, host_limit)
 

@@ -61,8 +61,13 @@ def check_prompts(
     DataError: a prompt that is empty, is no list of ids, or has one the model does not know.
   """
   whole("max_new_tokens", max_new_tokens, least=1)
+  if length is not None:
+    whole("length", length, least=1)
   for number, prompt in enumerate(prompts):
-    ids = np.asarray(prompt)
+    try:
+      ids = np.asarray(prompt)
+    except ValueError:  # numbers and lists side by side
+      ids = np.asarray(None)
     if ids.shape == (0,):
       raise errors.DataError(f"prompt {number} is empty; begin it with one id at least.")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -90,6 +95,8 @@ def check_stop_ids(stop_ids: Iterable[int], vocab_size: int) -> frozenset[int]:
   Raises:
     ConfigError: one that the model does not know, or that is no id at all.
   """
+  if not isinstance(stop_ids, Iterable):
+    raise errors.ConfigError(f"stop_ids={stop_ids!r} is no list of ids; give a list of one.")
   return frozenset(
     whole("an id of stop_ids", x, least=0, most=vocab_size - 1) for x in stop_ids
   )

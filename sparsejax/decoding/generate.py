@@ -15,18 +15,16 @@ Letters: B rows, T tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
 from sparsejax import model, sharding
-from sparsejax.attention import backends, method, past, prompt_backends
+from sparsejax.attention import backends, method, prompt_backends
 from sparsejax.decoding import cache as caches
-from sparsejax.decoding import checks, pinned, prefill
+from sparsejax.decoding import checks, pinned, prefill, programs
 from sparsejax.decoding import sampling as samplings
 
 
@@ -201,16 +199,15 @@ class Decoder:
       self.params = jax.block_until_ready(caches.cast(shape.dtype, params))
     room = caches.room(self._transformer, batch=batch, length=length)
     free = caches.free_bytes()
-    if free is not None:
-      # Beside the cache there is a prompt that is being read.
-      free = max(0, free - prefill.num_bytes(self._transformer, stream, room, self._chunk))
+    # Beside the cache there is a prompt that is being read.
+    beside = prefill.num_bytes(self._transformer, stream, room, self._chunk)
     self._room, choice = caches.place(
       self._transformer,
       stream,
       room,
       offload=offload,
       num_slots=num_slots,
-      limit=free,
+      limit=None if free is None else max(0, free - beside),
       num_devices=mesh.size,
     )
     # Before anything counts on it that slots have room.
@@ -228,16 +225,22 @@ class Decoder:
         chunk=self._chunk,
       ),
     ]
-    self._key = jax.random.key(seed)
-    self._draw_with = functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids)
     spec = caches.spec(self._transformer, stream, self._room)
-    caches.check_size(spec, free, pinned.limit())
+    caches.check_size(spec, free, pinned.limit(), beside=beside)
     with sharding.use(mesh):
       self.cache = caches.make(spec)
-    self._begin = jax.jit(self._begin_row, donate_argnums=1)
-    self._step = jax.jit(
-      self._step_rows, donate_argnums=1, compiler_options=caches.COMPILER_OPTIONS
+    own = programs.Programs(
+      transformer=self._transformer,
+      stream=stream,
+      prefill_stream=self._prefill_stream,
+      room=self._room,
+      chunk=self._chunk,
+      num_devices=self._devices,
+      key=jax.random.key(seed),
+      draw=functools.partial(samplings.draw, sampling=sampling, num_ids=num_ids),
     )
+    self._begin = jax.jit(own.begin, donate_argnums=1)
+    self._step = jax.jit(own.step, donate_argnums=1, compiler_options=caches.COMPILER_OPTIONS)
 
   def begin(self, row: int, prompt: Sequence[int], number: int) -> int:
     """Forgets what a row holds and reads a prompt into it; the id drawn after it.
@@ -274,28 +277,3 @@ class Decoder:
     if length > self._chunk:
       return self._room.length
     return min(self._room.length, self._chunk, 1 << (length - 1).bit_length())
-
-  def _begin_row(self, params, cache: past.Cache, row, ids_1T, length, number):
-    ids_BT = jnp.repeat(ids_1T, self._devices, axis=0)
-    logits_BV, filled = prefill.prefill(
-      self._transformer,
-      params,
-      ids_BT,
-      jnp.full(len(ids_BT), length),
-      stream=self._stream,
-      room=dataclasses.replace(self._room, batch=len(ids_BT)),
-      chunk=self._chunk,
-      prefill_stream=self._prefill_stream,
-    )
-    (token,) = self._draw(logits_BV[:1], number[None], jnp.zeros(1, jnp.int32))
-    return token, cache.with_row(row, filled)
-
-  def _step_rows(self, params, cache: past.Cache, ids_B, numbers_B, places_B):
-    logits_BV, cache = caches.step(self._transformer, params, cache, ids_B, stream=self._stream)
-    return self._draw(logits_BV, numbers_B, places_B), cache
-
-  def _draw(self, logits_BV, numbers_B, places_B):
-    """By a key for each prompt and place in its text."""
-    fold = jax.vmap(jax.random.fold_in, (None, 0))
-    keys_B = jax.vmap(jax.random.fold_in)(fold(self._key, numbers_B), places_B)
-    return self._draw_with(logits_BV, keys_B)

@@ -58,10 +58,9 @@ def _check(decoder: model.Transformer, stream: method.Stream, room, mesh) -> Non
   chunk = prefill.chunk_size(options.block_size)
   backends.choose_decoding(options, stream, room, num_heads=num_heads, mesh=mesh)
   prompt_backends.choose(options, stream, room, num_heads=num_heads, chunk=chunk)
-  free = caches.free_bytes()
-  if free is not None:
-    free = max(0, free - room.batch * prefill.num_bytes(decoder, stream, room, chunk))
-  caches.check_size(caches.spec(decoder, stream, room), free, pinned.limit())
+  beside = room.batch * prefill.num_bytes(decoder, stream, room, chunk)
+  spec = caches.spec(decoder, stream, room)
+  caches.check_size(spec, caches.free_bytes(), pinned.limit(), beside=beside)
 
 
 def _read(decoder: model.Transformer, stream: method.Stream, params, batch: data.Batch):

@@ -1,6 +1,8 @@
 """What the scripts share, run in this process."""
 
+import io
 import logging as python_logging
+import sys
 
 from absl import flags, logging
 import jax
@@ -108,3 +110,11 @@ def test_a_cluster_is_joined_through_jax(monkeypatch):
   monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append("joined"))
   command_line.join_cluster()
   assert calls == ["joined"]
+
+
+def test_characters_that_a_terminal_lacks_end_nothing(monkeypatch):
+  written = io.BytesIO()
+  stdout = io.TextIOWrapper(written, encoding="latin-1", write_through=True)
+  monkeypatch.setattr(sys, "stdout", stdout)
+  assert command_line.friendly(lambda _: sys.stdout.write("é → ü") and 0)([]) == 0
+  assert written.getvalue() == "é ? ü".encode("latin-1")

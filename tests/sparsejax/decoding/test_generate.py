@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,9 @@ def test_no_prompt_no_text():
     ([1, 2], {}, "prompt 0 is no list of ids, which are whole numbers: '1'. .* a list of one"),
     (["abc"], {}, "prompt 0 is no list of ids, which are whole numbers: 'abc'"),
     ([[1], [2.5]], {}, "prompt 1 is no list of ids, which are whole numbers"),
+    ([[1], [2, [3]]], {}, r"prompt 1 is no list of ids, which are whole .*: '\[2, \[3\]\]'"),
+    ([[1]], dict(length="8"), "length='8' is not a whole number"),
+    ([[1]], dict(stop_ids=5), "stop_ids=5 is no list of ids; give a list of one"),
     ([[1]], dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
     ([[1]], dict(max_new_tokens=2.5), "max_new_tokens=2.5 is not a whole number"),
     ([[1]], dict(rows=0), "rows=0 must be at least 1"),
@@ -184,7 +188,8 @@ def test_no_prompt_no_text():
     ([[1]], dict(offload="sometimes"), "unknown offload 'sometimes'"),
     ([[1]], dict(prefill_chunk=16.0), "prefill_chunk=16.0 is not a whole number"),
     ([[1] * 40], dict(num_slots=2), "num_slots=2 is less than the 3 pages of 8 tokens that a"),
-    ([[1]], dict(num_slots=9), "num_slots=9 puts pages in the host's memory, which takes one"),
+    ([[1]], dict(num_slots=9), r"pages in the host's memory .* take one device and not 8"),
+    ([[1]], dict(offload="always"), r"pages in .* take one device and not 8; hide the others"),
     ([[1] * 40], dict(num_slots=5, stream="full"), "num_slots=5 is less than the 6 pages"),
     ([[1]], dict(prefill_chunk=0), "prefill_chunk=0 is not a multiple of the 8 tokens of a"),
     ([[1]], dict(prefill_chunk=-8), "prefill_chunk=-8 is not a .*; take 8, or leave it out"),
@@ -198,10 +203,44 @@ def test_what_cannot_be_continued_is_refused(prompts, options, message):
 
 def test_a_cache_that_does_not_fit_is_refused_before_anything_runs(monkeypatch):
   monkeypatch.setattr("sparsejax.decoding.cache.free_bytes", lambda: 100_000)
-  with pytest.raises(
-    errors.UserError, match=r"a cache of 8 rows takes \d\.\d\d MiB and the device has 0 bytes"
-  ):
+  message = (
+    r"a cache of 8 rows takes \d\.\d\d MiB, a prompt that is read .*, and the device has "
+    r"97\.66 KiB free; decode shorter rows\."
+  )
+  with pytest.raises(errors.UserError, match=message):
     generate(length=512)
+
+
+def test_as_many_rows_as_fit_are_named():
+  transformer, *_ = make()
+  spec = caches.spec(transformer, "full", caches.room(transformer, batch=4, length=64))
+  needed = caches.num_bytes(spec)
+  caches.check_size(spec, needed + 7, None, beside=7)
+  with pytest.raises(errors.UserError, match=r"a prompt that is .* 7 bytes,.*; decode 3 rows"):
+    caches.check_size(spec, needed + 6, None, beside=7)
+  with pytest.raises(errors.UserError, match=r"KiB, and the device has .*; decode 1 rows at a"):
+    caches.check_size(spec, needed // 4, None)
+  with pytest.raises(errors.UserError, match=r"free; decode shorter rows\."):
+    caches.check_size(spec, needed // 4 - 1, None)
+
+
+def test_a_cache_goes_with_its_decoder():
+  """At once: who decodes again may have no room for two."""
+  transformer, params, mesh = make()
+  gc.collect()
+  gc.disable()
+  try:
+    before = {id(x) for x in jax.live_arrays()}
+    decoder = make_decoder(transformer, params, mesh, rows=1, length=16)
+    decoder.begin(0, [1, 2], 0)
+    decoder.step(*np.ones((3, 1), np.int32))
+    sizes = {x.shape for x in jax.live_arrays() if id(x) not in before}
+    assert decoder.cache.arrays[0]["k"].shape in sizes
+    del decoder
+    left = [x.shape for x in jax.live_arrays() if id(x) not in before]
+    assert not any(len(shape) > 1 for shape in left), left
+  finally:
+    gc.enable()
 
 
 def test_a_prompt_that_is_read_has_room_beside_the_cache(monkeypatch):
