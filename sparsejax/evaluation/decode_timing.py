@@ -2,12 +2,14 @@
 
 Steps are greedy, and sent to the device without waiting for one to end.
 
-Letters: B rows, L layers, K key/value heads, M pages listed, S steps of a recording.
+Letters: B rows, L layers, K key/value heads, M pages listed, S steps of a recording, P places of
+the pattern of methods.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import functools
+import math
 import time
 
 from flax import linen as nn
@@ -152,8 +154,7 @@ def measure(
         ids_B, cache = take(num_traced, cache, ids_B)
 
       kernels = kernel_times.of_steps(trace, num_traced)
-    counts = [x - y for x, y in zip(after, before, strict=True)]
-    _, num_fetched = [x - y for x, y in zip(_counts(cache), after, strict=True)]
+    counts, traced = after - before, _counts(cache) - after
   room, tokens = cache.room, num_steps * len(ids_B)
   spec = caches.spec(transformer, stream, room)
   stats = jax.local_devices()[0].memory_stats() or {}
@@ -172,7 +173,7 @@ def measure(
     peak_bytes=stats.get("peak_bytes_in_use"),
     num_steps=num_steps,
     kernels=tuple(kernels),
-    fetch_rate=fetch_rate(kernels, num_fetched * _page_bytes(spec), num_traced),
+    fetch_rate=fetch_rate(kernels, _bytes_of(traced[1], spec), num_traced),
     **moved,
   )
   return cell, cache
@@ -208,38 +209,50 @@ def _replay(lists_SLBKM: jax.Array | None, step: jax.Array):
   return intercept
 
 
-def _counts(cache: past.Cache) -> tuple[int, int]:
-  """Hits and misses until now."""
+def _counts(cache: past.Cache) -> np.ndarray:
+  """Hits and misses until now [2, P], of the P places in the pattern of methods."""
 
-  def total(name: str) -> int:
+  def total(own: pages.Arrays, name: str) -> int:
     # In numpy, whose sums do not end at 2**31.
-    return sum(int(np.asarray(own[name]).sum()) for own in cache.arrays if name in own)
+    return int(np.asarray(own[name]).sum(dtype=np.int64)) if name in own else 0
 
-  return total("slots/hits"), total("slots/misses")
+  names = "slots/hits", "slots/misses"
+  return np.array([[total(own, name) for own in cache.arrays] for name in names])
 
 
-def _moved(transformer, room: pages.Room, spec, counts, begin: int, num_steps: int) -> dict:
+def _moved(
+  transformer: model.Transformer,
+  room: pages.Room,
+  spec: past.Cache,
+  counts: np.ndarray,
+  begin: int,
+  num_steps: int,
+) -> dict[str, float | None]:
   """What of a cell tells of pages that move."""
   if room.num_slots is None:
     names = "misses", "hit_rate", "fetched_bytes", "written_bytes"
     return dict.fromkeys(names)
-  hits, misses = counts
-  heads = transformer.shape.num_hidden_layers * room.num_kv_heads
-  page_bytes = _page_bytes(spec)
+  hits, misses = counts.sum(1)
+  num_layers, num_places = transformer.shape.num_hidden_layers, len(spec.arrays)
   num_full = (begin + num_steps) // room.page_size - begin // room.page_size
-  per_token = 1 / (num_steps * room.batch)
+  heads_P = np.full(num_places, num_layers // num_places * room.num_kv_heads)
+  num_tokens = num_steps * room.batch
   return dict(
-    misses=misses * per_token / heads,
-    hit_rate=hits / (hits + misses),
-    fetched_bytes=misses * page_bytes * per_token,
-    written_bytes=num_full * heads * page_bytes / num_steps,
+    misses=float(misses / num_tokens / heads_P.sum()),
+    hit_rate=float(hits / (hits + misses)),
+    fetched_bytes=_bytes_of(counts[1], spec) / num_tokens,
+    written_bytes=num_full * _bytes_of(heads_P, spec) / num_steps,
   )
 
 
-def _page_bytes(spec) -> int:
-  """Of all that a page on the host has."""
-  host = [x for x in jax.tree.leaves(spec) if x.sharding is not None]
-  return sum(x.dtype.itemsize * x.size // x.shape[0] for x in host)
+def _bytes_of(num_pages_P: np.ndarray, spec: past.Cache) -> int:
+  """Of so many pages on the host, by place: methods differ in what a page has."""
+  return sum(
+    int(number) * x.dtype.itemsize * math.prod(x.shape[1:])
+    for number, own in zip(num_pages_P, spec.arrays, strict=True)
+    for x in own.values()
+    if x.sharding is not None
+  )
 
 
 def fetch_rate(

@@ -138,11 +138,10 @@ def test_no_row_is_full_while_it_is_timed(workdir, monkeypatch):
   assert lengths == [(24 + WARM + 6, 40)]
 
 
-def recorded_cell(lists, num_steps, num_traced=0):
+def recorded_cell(lists, num_steps, num_traced=0, **config):
   """Of a cache with four slots for pages of 8, whose tokens read what `lists` says."""
-  transformer = small.make_model(
-    attention__method="nosa", attention__num_blocks=4, nosa__num_query_aware=1
-  )
+  config = dict(attention__num_blocks=4, nosa__num_query_aware=1) | config
+  transformer = small.make_model(attention__method="nosa", **config)
   mesh = nosa.one_device()
   length = 64
   room = caches.room(transformer, batch=2, length=length, num_slots=4)
@@ -173,6 +172,16 @@ def test_recorded_lists_are_read_in_place_of_those_that_are_chosen():
   assert cell.fetched_bytes == 2 * 2 * 2 * page  # misses, layers, heads
   # From 44 tokens to 48: one page is full for each layer and head.
   assert cell.written_bytes == 2 * 2 * page / 4
+
+
+def test_pages_of_methods_in_turn_are_counted_by_what_each_has():
+  """MoBA's have no biases; both miss two pages of four at every step."""
+  lists = np.reshape([[0, 1, 2, 5], [3, 4, 2, 5]], (2, 1, 1, 1, 4))
+  cell = recorded_cell(lists, num_steps=4, attention__layer_methods=("nosa", "moba"))
+  assert cell.misses == 2.0
+  keys_and_values, biases = 2 * 8 * 8 * 4, 8 * 4
+  assert cell.fetched_bytes == 2 * 2 * (2 * keys_and_values + biases)  # misses, heads
+  assert cell.written_bytes == 2 * (2 * keys_and_values + biases) / 4
 
 
 def test_the_rate_of_fetching_is_of_the_steps_that_were_traced(monkeypatch):
