@@ -35,9 +35,11 @@ def run(asked: argparse.Namespace) -> int:
     asked.workdir,
     base.get_config(),
     step=asked.step,
+    sources=asked.sources.split(",") if asked.sources else (),
     kernels=asked.kernels,
     budgets=budgets,
     rope_scaling=scaling,
+    checks_data=False,
   )
   transformer = described.transformer
   mode = asked.mode or transformer.options.home_stream
@@ -161,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
   add = parser.add_argument
   add("--workdir", required=True, help="what train.py wrote, or one checkpoint of it")
   add("--step", type=int, help="checkpoint to take; the newest if not given")
+  add("--sources", help="where the training data, with the tokenizer, lie if elsewhere now")
   add("--prompt", help="text to continue; none begins a document")
   add("--prompt_file", help="a file with that text; - is standard input")
   add("--max_new_tokens", type=int, default=256, help="after which a text ends (256)")

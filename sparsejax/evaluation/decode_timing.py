@@ -2,8 +2,8 @@
 
 Steps are greedy, and sent to the device without waiting for one to end.
 
-Letters: B rows, L layers, K key/value heads, M pages listed, S steps of a recording, P places of
-the pattern of methods.
+Letters: B rows, L layers, K key/value heads, M pages listed, S steps of a recording, P places
+of the pattern of methods.
 """
 
 from collections.abc import Sequence

@@ -116,8 +116,13 @@ def describe(
   kernels: str | None = None,
   budgets: Sequence[int] = (),
   rope_scaling: extrapolation.RopeScaling | None = None,
+  checks_data: bool = True,
 ) -> Subject:
-  """What `load` gives, but that no parameters are read, and refuses but for damaged ones."""
+  """What `load` gives, but that no parameters are read, and refuses but for damaged ones.
+
+  Data that have changed since training are taken as they are where `checks_data` is not set:
+  by what reads nothing of them but the tokenizer.
+  """
   if kernels not in (None, *(names := checks.CHOICES["attention.kernels"])):
     raise errors.ConfigError(errors.one_of("--kernels", str(kernels), names))
   if sequence_length is not None:
@@ -137,13 +142,22 @@ def describe(
   if rope_scaling is not None:
     extrapolation.apply(config, rope_scaling, trained["data.sequence_length"])
   # WORKDIR/checkpoints/STEP: built-in data were prepared beside the checkpoints.
-  corpus = build.make_corpus(config, found.parent.parent / "data")
+  try:
+    corpus = build.make_corpus(config, found.parent.parent / "data")
+  except errors.DataError as error:
+    if sources:
+      raise
+    raise errors.DataError(
+      f"{error}\nThe checkpoint's tokenizer is with its data; where they lie elsewhere now, "
+      "name them with --sources."
+    ) from error
   if corpus.tokenizer.fingerprint != saved.tokenizer:
     raise errors.DataError(
       f"{found} was trained with tokenizer {saved.tokenizer}, the data have "
       f"{corpus.tokenizer.fingerprint}; prepare the text with the checkpoint's tokenizer."
     )
-  if not sources and sequence_length is None and corpus.fingerprint != saved.corpus:
+  is_own = not sources and sequence_length is None
+  if checks_data and is_own and corpus.fingerprint != saved.corpus:
     raise errors.CheckpointError(
       f"the data of {found} have changed since training ({saved.corpus}, now "
       f"{corpus.fingerprint}); name them with --sources to evaluate on them as they are."

@@ -73,7 +73,7 @@ def test_what_is_asked_for_reaches_the_library(asked, tmp_path):
   flags = dict(mode="sparse", budget=8, temperature=0.5, top_k=3, top_p=0.75, seed=5, rows=2)
   flags |= dict(max_new_tokens=3, num_texts=3, prefill_chunk=16, prefill_mode="full")
   flags |= dict(offload="never", prompt_file=path, step=6, kernels="auto")
-  flags |= dict(rope_scaling="llama3,factor=4")
+  flags |= dict(rope_scaling="llama3,factor=4", sources="data/a,data/b")
   arguments = [f"--{name}={value}" for name, value in flags.items()]
   assert generate.main(["--workdir=run", *arguments]) == 0
   (call,) = asked
@@ -93,6 +93,8 @@ def test_what_is_asked_for_reaches_the_library(asked, tmp_path):
     kernels="auto",
     budgets=(8,),
     rope_scaling=extrapolation.RopeScaling(rope_type="llama3", factor=4.0),
+    sources=["data/a", "data/b"],
+    checks_data=False,
   )
 
 
@@ -151,6 +153,7 @@ def test_what_is_not_asked_for_is_as_trained(asked):
   expected = dict(stream="sparse", prefill_stream=None, offload="auto", seed=0)
   assert {name: call[name] for name in expected} == expected
   expected = dict(path="run", step=None, kernels=None, budgets=(), rope_scaling=None)
+  expected |= dict(sources=(), checks_data=False)
   assert call["described"] == expected
 
 
