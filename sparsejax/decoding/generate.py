@@ -109,6 +109,7 @@ def generate(
     num_slots=num_slots,
     prefill_chunk=prefill_chunk,
     prefill_stream=prefill_stream,
+    prompt_lengths=[len(prompt) for prompt in prompts],
   )
   for choice in decoder.backends if on_choice is not None else ():
     on_choice(choice)
@@ -171,8 +172,13 @@ class Decoder:
     num_slots: int | None = None,
     prefill_chunk: int | None = None,
     prefill_stream: method.Stream | None = None,
+    prompt_lengths: Sequence[int] = (),
   ):
-    """Makes an empty cache; see `generate` for arguments and errors."""
+    """Makes an empty cache; see `generate` for arguments and errors.
+
+    `prompt_lengths` are those of prompts to come, where they are known: what reads them
+    depends on it.
+    """
     checks.check_settings(
       transformer,
       stream=stream,
@@ -223,6 +229,7 @@ class Decoder:
         self._room,
         num_heads=shape.num_attention_heads,
         chunk=self._chunk,
+        lengths=sorted({self._padded(length) for length in prompt_lengths}),
       ),
     ]
     spec = caches.spec(self._transformer, stream, self._room)

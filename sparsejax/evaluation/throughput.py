@@ -160,6 +160,7 @@ def _after_text(
     length=context + WARM_STEPS + num_steps,
     offload="never" if slots is None else "always",
     num_slots=slots,
+    prompt_lengths=(context,),
   )
   texts = contexts.rows(subject, len(decoder.cache.lengths_B), context)
   first = [decoder.begin(row, text.tolist(), row) for row, text in enumerate(texts)]

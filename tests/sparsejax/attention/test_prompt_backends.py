@@ -28,13 +28,14 @@ def make(name, **changes):
   return caches.for_decoding(small.make_model(**(METHODS | MORE)[name] | changes))
 
 
-def choose(transformer, stream):
+def choose(transformer, stream, lengths=()):
   return prompt_backends.choose(
     transformer.options,
     stream,
     caches.room(transformer, batch=1, length=LENGTH),
     num_heads=transformer.shape.num_attention_heads,
     chunk=CHUNK,
+    lengths=lengths,
   )
 
 
@@ -42,9 +43,11 @@ def choose(transformer, stream):
   ("name", "stream"),
   [*STREAMS, *((name, stream) for name in MORE for stream in ("full", "sparse"))],
 )
-def test_what_runs_was_said_before(name, stream, monkeypatch):
+@pytest.mark.parametrize("length", [None, 3])
+def test_what_runs_was_said_before(name, stream, length, monkeypatch):
+  """Of prompts as long as a row, and of those so short that a block has room for them."""
   transformer = make(name)
-  said = [choice.op for choice in choose(transformer, stream)]
+  said = [choice.op for choice in choose(transformer, stream, (length,) if length else ())]
   assert len(set(said)) == len(said)
   ran, choose_one = set(), dispatch.choose
 
@@ -61,11 +64,21 @@ def test_what_runs_was_said_before(name, stream, monkeypatch):
     chunk=CHUNK,
   )
   params = small.shapes_of_params(transformer)
-  ids = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+  ids = jax.ShapeDtypeStruct((1, length or LENGTH), jnp.int32)
   ran.clear()
   jax.eval_shape(run, params, ids, jax.ShapeDtypeStruct((1,), jnp.int32))
   # Attention to windows is attention of a chunk of them.
   assert {op.removeprefix("compressed_") for op in said} == ran
+
+
+def test_short_and_long_prompts_are_both_asked_about():
+  transformer = make("moba")
+  ops = [
+    {choice.op for choice in choose(transformer, "sparse", lengths)}
+    for lengths in ((4,), (LENGTH,), (4, LENGTH))
+  ]
+  assert ops[0] & ops[1] == set()
+  assert ops[2] == ops[0] | ops[1]
 
 
 def test_kernels_alone_are_refused_without_a_gpu():

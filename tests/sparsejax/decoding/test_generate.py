@@ -91,6 +91,16 @@ def test_prompts_are_padded_to_few_lengths():
   assert begin._cache_size() == 4
 
 
+@pytest.mark.parametrize(("length", "is_whole"), [(3, True), (40, False)])
+def test_what_reads_prompts_of_their_lengths_is_told(length, is_whole):
+  """Rows have room for more than the budget either way."""
+  told = []
+  generate([[1] * length], length=48, max_new_tokens=2, on_choice=told.append)
+  ops = {choice.op for choice in told}
+  assert ("chunk_attention" in ops) == is_whole
+  assert ("block_selection" in ops) == (not is_whole)
+
+
 def test_chunks_change_no_text():
   prompts = [*PROMPTS, [3, 1, 4] * 9]
   assert generate(prompts, prefill_chunk=8) == generate(prompts)
