@@ -19,14 +19,21 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from sparsejax import command_line, errors, model, parameters, sharding
+from sparsejax import attention, command_line, errors, model, parameters, sharding
 from sparsejax.attention import backends, past
 from sparsejax.configuration import build, checks, overrides, record
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import pinned
-from sparsejax.evaluation import decode_timing, markdown, pictures, throughput
+from sparsejax.evaluation import decode_timing, markdown, pictures, recordings, throughput
+
+# Flags that set keys of the config, for each method anew.
+OWN_FLAGS = {"attention.method": "methods", "attention.kernels": "kernels"}
+
+# Bytes are counted in 64 bits.
+MOST_GIB = 2**33
 
 
 def random_params(transformer: model.Transformer, mesh: jax.sharding.Mesh, seed: int) -> dict:
@@ -70,61 +77,52 @@ def _randomize(x, key):
 
 
 def run(asked: argparse.Namespace, changes: list[str]) -> int:
-  """Does what was asked; returns the exit status."""
-  methods = asked.methods.split(",")
-  contexts = _numbers("contexts", asked.contexts)
-  recordings = _recordings(asked.lists)
-  if (asked.kv_gib is None) == (asked.rows is None):
-    raise errors.ConfigError("give either --kv_gib or --rows: how many rows are decoded.")
-  for name, least in dict(rows=1, steps=1, spare=0, trace=0).items():
-    value = getattr(asked, name)
-    if value is not None and value < least:
-      raise errors.ConfigError(f"--{name}={value} must be at least {least}.")
-  if asked.kv_gib is not None and asked.kv_gib <= 0:
-    raise errors.ConfigError(f"--kv_gib={asked.kv_gib} must be above 0.")
-  configs = {}
-  for name in methods:
-    more = [f"--config.attention.method={name}", f"--config.attention.kernels={asked.kernels}"]
-    configs[name] = overrides.load(asked.config, [*more, *changes])
-    checks.check(configs[name])
-  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  """Does what was asked; returns the exit status.
+
+  Args:
+    asked: the flags of `main`.
+    changes: `--config.a.b=value`, for the configs of all methods.
+
+  Raises:
+    UserError: and its kinds; before anything is measured, but for what does not fit in memory
+      or cannot run on the device.
+  """
+  methods, contexts = _methods(asked.methods), _numbers("contexts", asked.contexts)
+  _check_flags(asked)
+  _check_changes(asked, changes)
+  folders = recordings.folders(asked.lists, methods)
+  configs = {name: _config(asked, name, changes) for name in methods}
+  models = {name: build.make_model(own, max_documents=1) for name, own in configs.items()}
+  lengths = {context: _length(asked, context) for context in contexts}
+  lists = {
+    name: recordings.read(folder, models[name], lengths) for name, folder in folders.items()
+  }
+  out = None if asked.out is None else _make_folder(asked.out, asked.name)
   cells, seen = [], {}
-  for name, config in configs.items():
-    transformer = build.make_model(config, max_documents=1)
-    params = random_params(transformer, mesh, config.seed)
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  for name, transformer in models.items():
+    params = random_params(transformer, mesh, configs[name].seed)
     for context in contexts:
-      cell, choices = _measure(asked, transformer, params, mesh, context, recordings.get(name))
+      lists_SLBKM = lists.get(name, {}).get(context)
+      cell, choices = _measure(asked, transformer, params, mesh, context, lists_SLBKM)
       cells.append(cell)
       for choice in choices:
         if str(choice) not in seen:
           seen[str(choice)] = choice
           _say(f"backend of {choice}")
-      _say(markdown.align(decode_timing.rows([cell])).splitlines()[-1])
-      for kernel in cell.kernels[:30]:
-        _say(f"  {kernel.microseconds:9.1f} us {kernel.calls:6.1f} x {kernel.name[:90]}")
-      if cell.fetch_rate is not None:
-        _say(f"  pages came at {cell.fetch_rate / 1e9:.1f} GB/s")
+      _say_cell(cell)
     del params
     gc.collect()
-  text = markdown.align(decode_timing.rows(cells))
-  _say(f"\n{text}")
-  if asked.out:
-    out = pathlib.Path(asked.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{asked.name}.md").write_text(text)
-    content = dict(
+  _say(f"\n{markdown.align(decode_timing.rows(cells))}")
+  if out is not None:
+    about = dict(
       environment=record.environment(),
       backends=list(seen),
       weights="random",
-      lists={name: "recorded" if name in recordings else "chosen" for name in methods},
+      lists={name: "recorded" if name in lists else "chosen" for name in methods},
       configs={name: record.as_json(config) for name, config in configs.items()},
-      cells=[dataclasses.asdict(cell) for cell in cells],
     )
-    (out / f"{asked.name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    if (reason := pictures.why_none()) is None:
-      pictures.draw_throughput(cells, out / f"{asked.name}.png")
-    else:
-      _say(f"no picture: {reason}")
+    _write(out, asked.name, about, cells)
   return 0
 
 
@@ -133,13 +131,122 @@ def _say(text: str) -> None:
   sys.stdout.flush()
 
 
-def _measure(asked, transformer, params, mesh, context: int, recording):
+def _say_cell(cell: decode_timing.Cell) -> None:
+  _say(markdown.align(decode_timing.rows([cell])).splitlines()[-1])
+  for kernel in cell.kernels[:30]:
+    _say(f"  {kernel.microseconds:9.1f} us {kernel.calls:6.1f} x {kernel.name[:90]}")
+  if cell.fetch_rate is not None:
+    _say(f"  pages came at {cell.fetch_rate / 1e9:.1f} GB/s")
+
+
+def _methods(text: str) -> list[str]:
+  """The names in --methods."""
+  names = text.split(",")
+  for place, name in enumerate(names):
+    if name not in attention.METHODS:
+      raise errors.ConfigError(errors.one_of("method in --methods", name, attention.METHODS))
+    if name in names[:place]:
+      raise errors.ConfigError(f"--methods={text} names {name} twice; name each once.")
+  return names
+
+
+def _numbers(name: str, text: str) -> list[int]:
+  wrong = [part for part in text.split(",") if not part.isdecimal() or int(part) < 1]
+  if wrong:
+    raise errors.ConfigError(f"--{name} takes whole numbers from 1 up; {wrong[0]!r} is none.")
+  return [int(part) for part in text.split(",")]
+
+
+def _check_flags(asked: argparse.Namespace) -> None:
+  """Refuses numbers out of range, and paths and names that are none."""
+  if (asked.kv_gib is None) == (asked.rows is None):
+    raise errors.ConfigError("give either --kv_gib or --rows: how many rows are decoded.")
+  for name, least in dict(rows=1, steps=1, spare=0, trace=0).items():
+    value = getattr(asked, name)
+    if value is not None and value < least:
+      raise errors.ConfigError(f"--{name}={value} must be at least {least}.")
+  # So written that nan is refused.
+  if asked.kv_gib is not None and not 0 < asked.kv_gib < MOST_GIB:
+    raise errors.ConfigError(f"--kv_gib={asked.kv_gib} must be above 0, and below {MOST_GIB}.")
+  # No path is the working directory to pathlib.
+  if asked.out == "":
+    raise errors.ConfigError("--out has an empty path; name a directory, or leave it out.")
+  if not asked.name or pathlib.PurePath(asked.name).name != asked.name:
+    raise errors.ConfigError(
+      f"--name={asked.name} cannot begin the names of files; take a word without a /, and name "
+      "their directory by --out."
+    )
+
+
+def _check_changes(asked: argparse.Namespace, changes: list[str]) -> None:
+  """Refuses changes of what a flag sets, which they would undo for every method."""
+  for change in changes:
+    key = change.partition("=")[0]
+    key = key.removeprefix(overrides.PREFIX).removeprefix(overrides.NEGATED_PREFIX)
+    if (flag := OWN_FLAGS.get(key)) is not None:
+      raise errors.ConfigError(
+        f"{change} would undo --{flag}={getattr(asked, flag)}; set --{flag} in its place."
+      )
+
+
+def _config(
+  asked: argparse.Namespace, name: str, changes: list[str]
+) -> ml_collections.ConfigDict:
+  """The config of a method, checked."""
+  own = dict(method=name, kernels=asked.kernels)
+  more = [f"{overrides.PREFIX}attention.{key}={value}" for key, value in own.items()]
+  config = overrides.load(asked.config, [*more, *changes])
+  checks.check(config)
+  layers = config.attention.layer_methods
+  if layers and "," in asked.methods:
+    raise errors.ConfigError(
+      f"attention.layer_methods={layers} would run in place of each of --methods="
+      f"{asked.methods}; name one of them, or empty it with {overrides.PREFIX}"
+      "attention.layer_methods= and nothing behind that."
+    )
+  return config
+
+
+def _length(asked: argparse.Namespace, context: int) -> int:
+  """Tokens that a row has room for."""
+  return context + throughput.WARM_STEPS + asked.steps + asked.trace
+
+
+def _make_folder(path: str, name: str) -> pathlib.Path:
+  """The directory, in which files of the name can be written."""
+  out = pathlib.Path(path)
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    for kind in ("json", "md", "png"):
+      # As it is written once all is measured; what is there stays until then.
+      file = out / f"{name}.{kind}"
+      with open(file, "ab") as probe:
+        is_empty = probe.tell() == 0
+      if is_empty:
+        file.unlink()
+  except OSError as error:
+    raise errors.UserError(
+      f"cannot write {name}.json, .md and .png to --out={path}: {error.strerror}. Choose "
+      "another --out or --name, or mend permissions."
+    ) from error
+  return out
+
+
+def _write(out: pathlib.Path, name: str, about: dict, cells: list[decode_timing.Cell]) -> None:
+  """Leaves the table, all that is known of it, and a picture if one can be drawn."""
+  (out / f"{name}.md").write_text(markdown.align(decode_timing.rows(cells)))
+  content = about | dict(cells=[dataclasses.asdict(cell) for cell in cells])
+  (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+  if (reason := pictures.why_none()) is None:
+    pictures.draw_throughput(cells, out / f"{name}.png")
+  else:
+    _say(f"no picture: {reason}")
+
+
+def _measure(asked, transformer, params, mesh, context: int, lists_SLBKM: np.ndarray | None):
   """One cell, and what it ran on."""
   stream, options = transformer.options.home_stream, transformer.options
-  length = context + throughput.WARM_STEPS + asked.steps + asked.trace
-  lists_SLBKM = None
-  if recording is not None:
-    lists_SLBKM = _recording(recording, context, transformer, length)
+  length = _length(asked, context)
   slots = None
   if stream == "sparse" and not asked.resident:
     slots = decode_timing.num_slots(transformer, length, asked.spare)
@@ -166,46 +273,9 @@ def _measure(asked, transformer, params, mesh, context: int, recording):
     num_steps=asked.steps,
     num_warm=throughput.WARM_STEPS,
     num_traced=asked.trace,
-    lists_SLBKM=lists_SLBKM,
+    lists_SLBKM=None if lists_SLBKM is None else jnp.asarray(lists_SLBKM, jnp.int32),
   )
   return dataclasses.replace(cell, backends=tuple(map(str, choices))), choices
-
-
-def _numbers(name: str, text: str) -> list[int]:
-  wrong = [part for part in text.split(",") if not part.isdigit() or int(part) < 1]
-  if wrong:
-    raise errors.ConfigError(f"--{name} takes whole numbers from 1 up; {wrong[0]!r} is none.")
-  return [int(part) for part in text.split(",")]
-
-
-def _recordings(text: str) -> dict[str, pathlib.Path]:
-  """By method, where its recordings are."""
-  found = {}
-  for part in filter(None, text.split(",")):
-    name, _, path = part.partition("=")
-    if not path or not pathlib.Path(path).is_dir():
-      raise errors.DataError(f"--lists={part} names no directory with CONTEXT.npy in it.")
-    found[name] = pathlib.Path(path)
-  return found
-
-
-def _recording(
-  path: pathlib.Path, context: int, transformer: model.Transformer, length: int
-) -> jax.Array:
-  """What a model listed behind a context, [S, L, B, K, M] of any S, L and B."""
-  file = path / f"{context}.npy"
-  if not file.exists():
-    raise errors.DataError(f"{file} is missing; record lists at a context of {context}.")
-  lists = np.load(file)
-  *_, k, m = lists.shape
-  wanted_k = transformer.shape.num_key_value_heads
-  wanted_m = transformer.options.num_listed(length)
-  if (k, m) != (wanted_k, wanted_m):
-    raise errors.DataError(
-      f"{file} has lists of {m} blocks for {k} key heads; this shape has {wanted_m} and "
-      f"{wanted_k}. Record them with a model of as many."
-    )
-  return jnp.asarray(lists, jnp.int32)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -226,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
   add("--lists", default="", help="METHOD=FOLDER,... of recordings to replay")
   add("--steps", type=int, default=128, help="that are timed (128)")
   add("--trace", type=int, default=0, help="steps after them, to see which kernels they run")
-  add("--kernels", choices=("auto", "strict"), default="auto")
+  add("--kernels", choices=("auto", "strict"), default="auto", help="in place of the config's")
   add("--out", help="directory for NAME.json, NAME.md and NAME.png, if they are wanted")
   add("--name", default="decode_shapes", help="of these files")
   asked, changes = parser.parse_known_args(arguments)

@@ -247,7 +247,7 @@ def test_without_matplotlib_the_table_is_kept_and_it_is_said(workdir, tmp_path, 
       (),
       r"rows of 20 tokens are more than the \d+ tokens of the valid",
     ),
-    ((), (0,), "puts pages in the host's memory, which takes one device"),
+    ((), (0,), "pages in the host's memory .* take one device and not"),
     ((0.001, 1e-6), (), "a row of 60 tokens takes .*, more than the 1.05 KiB that were given"),
   ],
 )
@@ -282,7 +282,7 @@ def test_every_cell_is_kept_by_itself(workdir, tmp_path, monkeypatch):
 
 def test_pages_of_the_host_are_refused_over_several_devices(workdir):
   subject = subjects.load(workdir, base.get_config())
-  with pytest.raises(errors.ConfigError, match="puts pages in the host's memory, which takes"):
+  with pytest.raises(errors.ConfigError, match=r"pages in .* take one device and not"):
     throughput.run(subject, modes=("sparse",), lengths=(CONTEXT,), spare=(0,), num_steps=2)
 
 
@@ -322,16 +322,6 @@ def test_shapes_are_decoded_without_a_checkpoint(tmp_path, capsys, monkeypatch):
 def test_shapes_that_make_no_sense_are_refused(arguments, message, capsys):
   assert decode_shapes.main(["--config=configs/smoke.py", *arguments]) == 2
   assert message in capsys.readouterr().err
-
-
-def test_recordings_of_other_shapes_are_refused(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(sharding, "make_mesh", lambda **_: nosa.one_device())
-  np.save(tmp_path / "100.npy", np.zeros((2, 1, 1, 2, 3), np.int32))
-  given = ["--config=configs/smoke.py", "--contexts=100", "--rows=2", "--methods=nosa"]
-  assert decode_shapes.main([*given, f"--lists=nosa={tmp_path}"]) == 2
-  assert (
-    "has lists of 3 blocks for 2 key heads; this shape has 4 and 2" in capsys.readouterr().err
-  )
 
 
 def test_kernels_are_added_up_by_name(tmp_path):
