@@ -15,7 +15,7 @@ import sys
 import time
 
 from configs import base
-from sparsejax import command_line, errors
+from sparsejax import attention, command_line, errors
 from sparsejax.configuration import build
 from sparsejax.decoding import cache as caches
 from sparsejax.decoding import checks, generate, sampling
@@ -110,7 +110,9 @@ def run(asked: argparse.Namespace) -> int:
   seconds = time.perf_counter() - began
   show.end()
   num_tokens = sum(map(len, texts))
-  how = f"{mode} at {transformer.options.budget} keys" if mode == "sparse" else mode
+  how = mode
+  if mode == "sparse" and attention.names_with_blocks(transformer.options):
+    how += f" at {transformer.options.budget} keys"
   if (asked.prefill_mode or mode) != mode:
     how += f", prompt {asked.prefill_mode}"
   if scaling is not None:

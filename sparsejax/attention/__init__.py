@@ -32,6 +32,7 @@ __all__ = [
   "dense_length",
   "make_method",
   "most_pages",
+  "names_with_blocks",
   "remembers",
   "sparse_method",
   "sparse_name",
@@ -54,6 +55,9 @@ METHODS = {
 # of these when run sparse.
 SPARSE_METHODS = ("moba", "infllmv2", "dma", "ed_dma", "nosa", "nsa", "sliding_window")
 
+# Those of them whose layers list no blocks: no budget means anything to them.
+_WITHOUT_BLOCKS = ("sliding_window",)
+
 
 def sparse_name(options: Options) -> str:
   """The method whose sparse stream a layer of these settings runs when run sparse."""
@@ -69,6 +73,11 @@ def sparse_names(options: Options) -> tuple[str, ...]:
   """The names of all layers' sparse methods, each once."""
   layers = [options.of_layer(place) for place in range(len(options.pattern))]
   return tuple(dict.fromkeys(sparse_name(own) for own in layers if not own.is_always_full))
+
+
+def names_with_blocks(options: Options) -> tuple[str, ...]:
+  """Those of them that choose blocks, as many as a budget says; () where no layer does."""
+  return tuple(name for name in sparse_names(options) if name not in _WITHOUT_BLOCKS)
 
 
 def remembers(options: Options, stream: Stream, length: int) -> dict[str, Kind]:

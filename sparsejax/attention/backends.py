@@ -236,7 +236,12 @@ def choose_decoding(
       slots, jax.ShapeDtypeStruct((b * k, most), jnp.int32)
     )
 
-  windows = [kinds.get("windows", kinds.get("windows_k")) for kinds in remembered]
+  # NSA has windows to read where nothing is left to choose, too.
+  windows = [
+    kinds.get("windows", kinds.get("windows_k"))
+    for own, kinds in zip(layers, remembered, strict=True)
+    if not block_sparse.lists_everything(own, room.length)
+  ]
   # One answer for all layers that have as many.
   windows = dict.fromkeys(kind.spec(room).shape for kind in windows if kind is not None)
 

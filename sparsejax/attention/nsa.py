@@ -154,7 +154,7 @@ class Nsa(method.SparseMethod):
       size=nsa.compress_length,
       stride=nsa.compress_stride,
     )
-    if stream == "full":
+    if stream == "full" or block_sparse.lists_everything(options, past.room.length):
       pages_BKM = past.all_pages()
     else:
       pages_BKM = pallas_kernels.select_blocks_of_token(
@@ -237,8 +237,7 @@ class Nsa(method.SparseMethod):
     nsa, num_blocks = options.nsa, options.num_listed(length)
     # A budget of less than the forced blocks is spent on the nearest of them.
     num_local = min(nsa.num_local, num_blocks)
-    return dict(
-      rule=options.selection,
+    return super().selection(options, length) | dict(
       num_initial=min(nsa.num_initial, num_blocks - num_local),
       num_local=num_local,
       pooling=nsa.pooling(options.block_size),

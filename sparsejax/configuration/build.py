@@ -105,19 +105,58 @@ def with_budget(transformer: model.Transformer, budget: int) -> model.Transforme
   """The same model, reading `budget` keys per query under sparse inference.
 
   The block size stays, as in the papers' sweeps; the number of blocks changes. What the
-  method forces, and what queries choose of NOSA's lists, stays as well.
+  method forces, and what queries choose of NOSA's lists, stays as well. The budget that the
+  model has already changes nothing, whatever its layers run.
 
   Raises:
-    ConfigError: fewer blocks than the method can do with.
+    ConfigError: no layer chooses blocks; fewer blocks than some layer can do with; no whole
+      number of blocks, or an odd one where half of them are near by.
   """
   options = transformer.options
-  num_blocks, size = budget // options.block_size, options.block_size
-  least = max(1, attention.sparse_method(options).least_blocks(options))
+  if budget == options.budget:
+    # Also what evaluations ask for where nobody named a budget.
+    return transformer
+  names = attention.names_with_blocks(options)
+  if not names:
+    raise errors.ConfigError(
+      f"a budget of {budget} keys is for methods that choose blocks; {_reads(options)} "
+      "whatever the budget, so leave it out."
+    )
+  methods, size = [attention.METHODS[name] for name in names], options.block_size
+  # Which rules a method has, in rows that are not read whole.
+  rules = [method.selection(options, options.budget + 1) for method in methods]
+  is_halved = any(own.get("rule") == "half_local" for own in rules)
+  step = 2 if is_halved else 1
+  least = max(step, *(method.least_blocks(options) for method in methods))
+  least += least % step
+  num_blocks = budget // size
   if num_blocks < least:
     raise errors.ConfigError(
       f"a budget of {budget} keys is {num_blocks} blocks of {size}, fewer than the {least} "
       f"that every query reads or chooses itself; take at least {least * size}."
     )
+  if budget % (step * size):
+    below = num_blocks // step * step * size
+    remedy = f"take {below} or {below + step * size}."
+    if budget % size:
+      raise errors.ConfigError(
+        f"a budget of {budget} keys is not a whole number of blocks of {size} keys; {remedy}"
+      )
+    raise errors.ConfigError(
+      f"a budget of {budget} keys is {num_blocks} blocks of {size}, an odd number; "
+      "attention.selection='half_local' takes half of the blocks near by and half from afar, "
+      f"so {remedy}"
+    )
   return model.Transformer(
     transformer.shape, dataclasses.replace(options, num_blocks=num_blocks)
   )
+
+
+def _reads(options: attention.Options) -> str:
+  """What layers without lists of blocks read, in words."""
+  layers = [options.of_layer(place) for place in range(len(options.pattern))]
+  window = f"the last attention.window={options.window} tokens"
+  parts = [f"{name!r} reads {window}" for name in attention.sparse_names(options)]
+  if any(own.is_always_full for own in layers):
+    parts.append("'full' reads every earlier token")
+  return " and ".join(parts)

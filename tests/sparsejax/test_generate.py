@@ -145,6 +145,19 @@ def test_the_last_line_says_what_changes_a_text(asked, capsys):
   assert "step 7 of run, full, RoPE default, seed 3\n" in capsys.readouterr().err
 
 
+def test_a_window_is_told_without_a_budget(asked, monkeypatch, capsys):
+  describe = generate.subjects.describe
+
+  def of_window(*args, **options):
+    found = describe(*args, **options)
+    found.transformer = small.make_model(attention__method="sliding_window")
+    return found
+
+  monkeypatch.setattr(generate.subjects, "describe", of_window)
+  assert generate.main(["--workdir=run", "--prompt=a"]) == 0
+  assert "step 7 of run, sparse, seed 0\n" in capsys.readouterr().err
+
+
 def test_what_is_not_asked_for_is_as_trained(asked):
   assert generate.main(["--workdir=run", "--prompt=a"]) == 0
   (call,) = asked

@@ -376,6 +376,15 @@ def test_decoding_says_what_it_runs_on(stream):
   ]
 
 
+@pytest.mark.parametrize("method", ["nsa", "nosa"])
+def test_where_all_pages_are_read_none_are_chosen(method):
+  transformer = small.make_model(attention__method=method, attention__num_blocks=4)
+  for length, is_choosing in ((32, False), (40, True)):
+    room = caches.room(transformer, batch=2, length=length)
+    ops = [choice.op for choice in decoding_choices(transformer, "sparse", room)]
+    assert ("select_blocks_of_token" in ops) == is_choosing
+
+
 def test_decoding_on_kernels_alone_is_refused_without_a_gpu():
   options = dict(attention__kernels="strict", model__dtype="bfloat16", model__head_dim=64)
   transformer = small.make_model(**options)
