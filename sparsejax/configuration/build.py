@@ -14,6 +14,10 @@ from sparsejax.data import corpus
 from sparsejax.diagnostics import look
 
 
+class NoBlocksError(errors.ConfigError):
+  """A budget for a model none of whose layers choose blocks."""
+
+
 def make_corpus(
   config: ml_collections.ConfigDict, builtin_directory: str | pathlib.Path
 ) -> corpus.Corpus:
@@ -109,8 +113,9 @@ def with_budget(transformer: model.Transformer, budget: int) -> model.Transforme
   model has already changes nothing, whatever its layers run.
 
   Raises:
-    ConfigError: no layer chooses blocks; fewer blocks than some layer can do with; no whole
-      number of blocks, or an odd one where half of them are near by.
+    NoBlocksError: no layer chooses blocks.
+    ConfigError: fewer blocks than some layer can do with; no whole number of blocks, or an odd
+      one where half of them are near by.
   """
   options = transformer.options
   if budget == options.budget:
@@ -118,7 +123,7 @@ def with_budget(transformer: model.Transformer, budget: int) -> model.Transforme
     return transformer
   names = attention.names_with_blocks(options)
   if not names:
-    raise errors.ConfigError(
+    raise NoBlocksError(
       f"a budget of {budget} keys is for methods that choose blocks; {_reads(options)} "
       "whatever the budget, so leave it out."
     )

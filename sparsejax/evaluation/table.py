@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from typing import Any
@@ -32,6 +33,7 @@ class _Asked:
   Attributes:
     subject: described.
     name: no other has it.
+    request: what it is asked; no budgets where it chooses no blocks, and others beside it do.
     out: directory of its results.
     planned: by task.
     keys: of every unit, with the checkpoint's own part, by task.
@@ -40,6 +42,7 @@ class _Asked:
 
   subject: subjects.Subject
   name: str
+  request: requests.Request
   out: pathlib.Path
   planned: dict[str, plans.Plan]
   keys: dict[str, list[dict[str, Any]]]
@@ -90,6 +93,11 @@ def run(
   differences = _compare(asked) if request.compare is not None else []
   counts = [results.Count.of(book) for book in books]
   text = results.write_all(answers, differences, counts, out)
+  text += "".join(
+    f"{x.name} chooses no blocks: --budgets are not of it\n"
+    for x in asked
+    if x.request.budgets != request.budgets
+  )
   page.write(answers, differences, counts, out)
   return text, out
 
@@ -103,31 +111,17 @@ def _plan(
     raise errors.ConfigError(
       f"{len(paths)} checkpoints have one table; name a directory for it with --out."
     )
-  found = []
-  for path in paths:
-    subject = subjects.describe(
-      path,
-      template,
-      # Of several paths, one may be a checkpoint itself.
-      step=None if len(paths) > 1 and checkpoint.is_one(path) else request.step,
-      sources=request.sources,
-      sequence_length=request.sequence_length,
-      kernels=request.kernels,
-      budgets=request.budgets,
-      rope_scaling=request.rope_scaling,
-    )
-    if any(subject.path.samefile(other.path) for other in found):
-      raise errors.ConfigError(f"{subject.path} is named twice; name each checkpoint once.")
-    found.append(subject)
+  found, own_requests = _describe(request, template, paths)
   first = found[0]
   out = pathlib.Path(request.out or first.path.parent.parent / "eval" / str(first.step))
   asked = []
-  for subject, name in zip(found, results.distinct_names(found), strict=True):
+  names = results.distinct_names(found)
+  for subject, own_request, name in zip(found, own_requests, names, strict=True):
     _check_lengths(request, subject)
     own = out / name if len(found) > 1 else out
-    planned = {task: tasks.TASKS[task](subject, request, own) for task in request.tasks}
+    planned = {task: tasks.TASKS[task](subject, own_request, own) for task in request.tasks}
     keys = {task: [_key(subject, unit) for unit in x.units] for task, x in planned.items()}
-    asked.append(_Asked(subject, name, own, planned, keys))
+    asked.append(_Asked(subject, name, own_request, own, planned, keys))
   if request.compare is not None:
     *others, reference = asked
     if not any(_compared(planned) for planned in reference.planned.values()):
@@ -145,6 +139,43 @@ def _plan(
           _compared(reference.planned[task]),
         )
   return asked, out
+
+
+def _describe(
+  request: requests.Request, template: ml_collections.ConfigDict, paths: Sequence[pathlib.Path]
+) -> tuple[list[subjects.Subject], list[requests.Request]]:
+  """The checkpoints, without parameters, and what each is asked."""
+  found, own_requests = [], []
+  for path in paths:
+    describe = functools.partial(
+      subjects.describe,
+      path,
+      template,
+      # Of several paths, one may be a checkpoint itself.
+      step=None if len(paths) > 1 and checkpoint.is_one(path) else request.step,
+      sources=request.sources,
+      sequence_length=request.sequence_length,
+      kernels=request.kernels,
+      rope_scaling=request.rope_scaling,
+    )
+    own = request
+    try:
+      subject = describe(budgets=request.budgets)
+    except build.NoBlocksError:
+      # Beside others, which have budgets, it has its window.
+      if len(paths) == 1:
+        raise
+      own, subject = dataclasses.replace(request, budgets=()), describe()
+    if any(subject.path.samefile(other.path) for other in found):
+      raise errors.ConfigError(f"{subject.path} is named twice; name each checkpoint once.")
+    found.append(subject)
+    own_requests.append(own)
+  if request.budgets and not any(own.budgets for own in own_requests):
+    raise errors.ConfigError(
+      f"--budgets={','.join(map(str, request.budgets))} is for methods that choose blocks, and "
+      f"none of {', '.join(str(x.path) for x in found)} does; leave it out."
+    )
+  return found, own_requests
 
 
 def _check_lengths(request: requests.Request, subject: subjects.Subject) -> None:
