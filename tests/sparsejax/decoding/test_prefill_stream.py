@@ -158,7 +158,7 @@ def test_backends_are_those_of_the_stream_that_reads():
   for stream in ("full", "sparse"):
     choices = []
     options = dict(stream="sparse", prefill_stream=stream, on_choice=choices.append)
-    generate([[1, 2, 3]], transformer, params, mesh, length=LENGTH, **options)
+    generate([[1] * 40], transformer, params, mesh, length=LENGTH, **options)
     found[stream] = {choice.op for choice in choices}
   assert found["full"] - found["sparse"] == {"chunk_attention"}
   assert found["sparse"] - found["full"] == {"block_selection", "block_sparse_attention"}
