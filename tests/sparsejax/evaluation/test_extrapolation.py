@@ -69,6 +69,7 @@ def test_what_was_trained_with_scaling_keeps_what_is_not_named():
 @pytest.mark.parametrize(
   ("word", "message"),
   [
+    ("factor=0", r"factor=0\.0 must be a finite number from 1 up"),
     ("factor=0.5", r"factor=0\.5 must be a finite number from 1 up"),
     ("factor=inf", r"factor=inf must be a finite number from 1 up"),
     ("factor=nan", r"factor=nan must be a finite number from 1 up"),
